@@ -1,0 +1,154 @@
+"""``feature_maps_format``: between a backbone's list of maps and the flat rows that ``deformable_aggregation`` reads."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from saccade.argument_checks import require_floating, require_integer, require_shape
+
+_Sizes = tuple[tuple[int, int], ...]  # (height, width) of each of the L maps of a camera
+
+# Sizes of the spatial_shape tensors made here, with the tensor's version: formatting back then need not ask the device.
+_host_sizes = WeakTensorKeyDictionary()
+
+
+def feature_maps_format(feature_maps: Any, inverse: bool = False) -> Any:
+    """Turn a list of feature maps into the three tensors that ``deformable_aggregation`` takes, or back.
+
+    Letters: B batch, N cameras, L levels, C channels, S pixels of all cameras and levels.
+
+    Args:
+        feature_maps: A list of L maps (B, N, C, H_l, W_l), from fine to coarse or in any order. Or a list of such lists,
+            one per group of cameras with equal image sizes; all groups must agree in B, C and L. With ``inverse``: the
+            three tensors.
+        inverse: Turn rows back into maps.
+
+    Returns:
+        ``[rows, spatial_shape, scale_start_index]``: (B, S, C) with the pixels camera by camera, within a camera level
+        by level, within a level row by row; (N, L, 2) int64 (height, width); (N, L) int64 first row of each map. The two
+        index tensors are kept and shared between calls: do not write to them. Differentiable in the maps.
+
+        With ``inverse``: a list with one list of L maps for each run of consecutive cameras of equal sizes, so that
+        the inverse of a format of ``maps`` is ``[maps]``. The maps are views of the rows.
+
+    Raises:
+        TypeError: Something in the list is no floating point tensor.
+        ValueError: Empty list, maps or groups that disagree, or with ``inverse`` sizes that do not add up to S.
+
+    Formatting back needs the sizes on the host: from a GPU's ``spatial_shape`` that this function did not make, this
+    waits for the device once. Otherwise nothing here waits.
+
+    Example:
+        >>> import torch, saccade
+        >>> maps = [torch.rand(1, 2, 8, 4, 6), torch.rand(1, 2, 8, 2, 3)]
+        >>> rows, spatial_shape, scale_start_index = saccade.feature_maps_format(maps)
+        >>> rows.shape, scale_start_index.tolist()
+        (torch.Size([1, 60, 8]), [[0, 24], [30, 54]])
+        >>> ((again,),) = [saccade.feature_maps_format([rows, spatial_shape, scale_start_index], inverse=True)]
+        >>> torch.equal(again[0], maps[0])
+        True
+    """
+    if inverse:
+        return _to_maps(feature_maps)
+    if not isinstance(feature_maps, Sequence) or len(feature_maps) == 0:
+        raise ValueError(f"feature_maps: expected a list of maps (B, N, C, H, W), got {_describe(feature_maps)}")
+    groups = feature_maps if isinstance(feature_maps[0], (list, tuple)) else [feature_maps]
+    _check_groups(groups)
+    rows = torch.cat([_to_rows(maps) for maps in groups], 1)
+    cameras = tuple(
+        (maps[0].shape[1], tuple((feature.shape[3], feature.shape[4]) for feature in maps)) for maps in groups
+    )
+    return [rows, *_index_tensors(cameras, rows.device)]
+
+
+def _describe(value: Any) -> str:
+    return "an empty list" if isinstance(value, Sequence) and not len(value) else type(value).__name__
+
+
+def _check_groups(groups: Sequence[Any]) -> None:
+    first: Tensor | None = None
+    for k, maps in enumerate(groups):
+        name = f"feature_maps[{k}]" if len(groups) > 1 else "feature_maps"
+        if not isinstance(maps, Sequence) or len(maps) == 0:
+            raise ValueError(f"{name}: expected a list of maps (B, N, C, H, W), got {_describe(maps)}")
+        if len(maps) != len(groups[0]):
+            raise ValueError(f"{name}: expected {len(groups[0])} levels, as many as the first group, got {len(maps)}")
+        for level, feature in enumerate(maps):
+            require_floating(f"{name}[{level}]", feature)
+            first = feature if first is None else first
+            if feature.dtype != first.dtype or feature.device != first.device:
+                raise ValueError(
+                    f"{name}[{level}]: expected {first.dtype} on {first.device} like the first map, "
+                    f"got {feature.dtype} on {feature.device}"
+                )
+            if level == 0:
+                require_shape(f"{name}[0]", feature, "B N C H W")
+            cameras = maps[0].shape[1]
+            require_shape(f"{name}[{level}]", feature, "B N C H W", B=first.shape[0], N=cameras, C=first.shape[2])
+
+
+def _to_rows(maps: Sequence[Tensor]) -> Tensor:
+    """L maps (B, N, C, H_l, W_l) as (B, N * sum of H_l * W_l, C)."""
+    return torch.cat([feature.permute(0, 1, 3, 4, 2).flatten(2, 3) for feature in maps], 2).flatten(1, 2)
+
+
+def _index_tensors(cameras: tuple[tuple[int, _Sizes], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """``spatial_shape`` and ``scale_start_index`` of groups of cameras, given as (number of cameras, sizes)."""
+    # A tensor made while tracing, in inference mode or in a graph's memory pool must not outlive the call.
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or capturing:
+        return _make_index_tensors(cameras, device)
+    spatial_shape, scale_start_index = _kept_index_tensors(cameras, device)
+    if spatial_shape._version or scale_start_index._version:  # somebody wrote to the kept tensors
+        _kept_index_tensors.cache_clear()
+        spatial_shape, scale_start_index = _kept_index_tensors(cameras, device)
+    _host_sizes[spatial_shape] = cameras
+    return spatial_shape, scale_start_index
+
+
+def _make_index_tensors(cameras: tuple[tuple[int, _Sizes], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    shapes, starts, base = [], [], 0
+    for number, sizes in cameras:
+        pixels = sum(height * width for height, width in sizes)
+        # Filled on the device: copying a list of numbers from the host would wait for the device.
+        shape = torch.stack([torch.full((), side, device=device) for size in sizes for side in size])
+        shapes.append(shape.view(1, len(sizes), 2).expand(number, -1, -1))
+        areas = shapes[-1][:1].prod(-1)
+        camera = torch.arange(number, device=device)[:, None]
+        starts.append(base + camera * pixels + areas.cumsum(1) - areas)
+        base += number * pixels
+    return torch.cat(shapes), torch.cat(starts)
+
+
+_kept_index_tensors = lru_cache(maxsize=256)(_make_index_tensors)
+
+
+def _to_maps(triple: Any) -> list[list[Tensor]]:
+    if not isinstance(triple, Sequence) or len(triple) != 3:
+        raise ValueError("feature_maps: expected [rows, spatial_shape, scale_start_index] with inverse=True")
+    rows, spatial_shape, _ = triple
+    require_floating("feature_maps[0]", rows)
+    require_integer("feature_maps[1]", spatial_shape)
+    _, pixels, _ = require_shape("feature_maps[0]", rows, "B S C")
+    require_shape("feature_maps[1]", spatial_shape, "N L 2")
+    known = not torch.compiler.is_compiling() and spatial_shape in _host_sizes and not spatial_shape._version
+    if known:
+        cameras = [sizes for number, sizes in _host_sizes[spatial_shape] for _ in range(number)]
+    else:
+        cameras = [tuple((height, width) for height, width in sizes) for sizes in spatial_shape.tolist()]
+    total = sum(height * width for sizes in cameras for height, width in sizes)
+    if total != pixels:
+        raise ValueError(f"feature_maps[1]: expected sizes that add up to the {pixels} rows, got {total} pixels")
+    groups, base = [], 0
+    for sizes, run in groupby(cameras):
+        number, areas = len(list(run)), [height * width for height, width in sizes]
+        block = rows[:, base : base + number * sum(areas)].unflatten(1, (number, sum(areas)))
+        base += number * sum(areas)
+        levels = zip(sizes, block.split(areas, 2), strict=True)
+        groups.append([level.unflatten(2, size).permute(0, 1, 4, 2, 3) for size, level in levels])
+    return groups

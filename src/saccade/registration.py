@@ -1,0 +1,77 @@
+"""How operators are registered with PyTorch's dispatcher.
+
+Every operator is one ``define`` and one ``impl`` per device, with a fake for tracing. Gradients come from an
+``autograd.Function`` registered at the operator's own ``Autograd`` key rather than wrapped around the operator: so the
+operator stays one node for ``torch.compile`` and ``torch.export``, ``opcheck`` can test it with inputs that require grad,
+and a call costs less than through ``torch.library.custom_op``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import Function
+
+library = torch.library.Library("saccade", "FRAGMENT")
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+"""Context manager for an autograd implementation: calls inside reach the device implementation."""
+
+
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> str:
+    """Define ``saccade::<schema>`` with one implementation for CPU and CUDA tensors; returns the operator's name."""
+    name = library.define(schema)
+    for device in ("CPU", "CUDA"):
+        library.impl(name, implementation, device)
+    torch.library.register_fake(f"saccade::{name}", fake, lib=library)
+    return name
+
+
+def register_autograd(name: str, function: type[Function]) -> None:
+    """Give an operator its gradient: ``function.forward`` must call the operator under ``below_autograd``."""
+    operator = getattr(torch.ops.saccade, name).default
+
+    def autograd(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            return function.apply(*args)
+        with below_autograd():
+            return operator(*args)
+
+    library.impl(name, autograd, "Autograd")
+
+
+def register_backward(name: str) -> None:
+    """Make a backward operator raise when it is differentiated itself.
+
+    ``once_differentiable`` does not notice a second derivative of a scalar loss, whose incoming gradient is a constant;
+    the saved inputs of a backward operator do require grad then, so a node of its own raises.
+    """
+    operator = getattr(torch.ops.saccade, name).default
+
+    class DifferentiatedTwice(Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with below_autograd():
+                return operator(*args)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise RuntimeError(f"saccade::{name.removesuffix('_backward')} cannot be differentiated twice")
+
+    register_autograd(name, DifferentiatedTwice)
+
+
+def register_in_place(name: str, *written: int) -> None:
+    """Make an operator that writes its arguments at positions ``written`` count a new version of each.
+
+    Without this, a tensor that autograd saved before the write would be used in its changed form, silently.
+    """
+    operator = getattr(torch.ops.saccade, name).default
+
+    def count_version(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
+        for position in written:
+            torch.autograd.graph.increment_version(args[position])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    library.impl(name, count_version, "ADInplaceOrView", with_keyset=True)
