@@ -1,5 +1,6 @@
 """Fused PyTorch operators for training camera perception models."""
 
+from saccade import nn
 from saccade.debug import debug_checks
 from saccade.deformable_aggregation import deformable_aggregation, feature_maps_format
 
@@ -10,4 +11,5 @@ __all__ = [
     "debug_checks",
     "deformable_aggregation",
     "feature_maps_format",
+    "nn",
 ]

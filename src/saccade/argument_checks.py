@@ -81,3 +81,16 @@ def require_number(name: str, value: Any, *, minimum: float = -math.inf, above: 
     if not (math.isfinite(value) and value >= minimum and value > above):
         bound = f" > {above:g}" if above > -math.inf else f" >= {minimum:g}" if minimum > -math.inf else ""
         raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
+
+
+def require_real(name: str, value: Any) -> None:
+    """Raise ``TypeError`` unless ``value`` is a tensor of bool, integer or floating dtype."""
+    require_tensor(name, value)
+    if value.is_complex():
+        raise TypeError(f"{name}: expected bool, integer or floating dtype, got {value.dtype}")
+
+
+def require_constant(name: str, value: Tensor) -> None:
+    """Raise ``ValueError`` if a gradient is asked for where there is none: it would be missing without a word."""
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: expected a tensor that does not require grad (detach it), got one that does")

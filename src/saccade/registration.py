@@ -2,8 +2,8 @@
 
 Every operator is one ``define`` and one ``impl`` per device, with a fake for tracing. Gradients come from an
 ``autograd.Function`` registered at the operator's own ``Autograd`` key rather than wrapped around the operator: so the
-operator stays one node for ``torch.compile`` and ``torch.export``, ``opcheck`` can test it with inputs that require grad,
-and a call costs less than through ``torch.library.custom_op``.
+operator stays one node for ``torch.compile`` and ``torch.export``, ``opcheck`` can test it with inputs that require
+grad, and a call costs less than through ``torch.library.custom_op``.
 """
 
 from collections.abc import Callable

@@ -33,7 +33,9 @@ def oracle(feature_maps: Tensor, spatial_shape: Tensor, scale_start_index: Tenso
                             weight = weights[b, a, p, n, level].repeat_interleave(block)
                             total = total + share_x * share_y * weight * feature_maps[b, row]
         rows.append(total)
-    return torch.stack(rows).view(batch, anchors, channels) if rows else feature_maps.new_zeros(batch, anchors, channels)
+    return (
+        torch.stack(rows).view(batch, anchors, channels) if rows else feature_maps.new_zeros(batch, anchors, channels)
+    )
 
 
 def make(

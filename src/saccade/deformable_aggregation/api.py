@@ -23,9 +23,9 @@ def deformable_aggregation(
 
     For every anchor, each of its K key points is looked up bilinearly in each of L maps of each of N cameras that see
     it, and the samples are summed with one weight per group of channels. Pixel centres lie at integers after
-    ``u = x * width - 0.5`` (``align_corners=False`` of ``grid_sample``), corners outside a map count as zero. A point is
-    visible in a camera if and only if ``0 < x < 1`` and ``0 < y < 1``; one that is not (NaN and infinity included) adds
-    nothing and has zero gradient.
+    ``u = x * width - 0.5`` (``align_corners=False`` of ``grid_sample``), corners outside a map count as zero. A point
+    is visible in a camera if and only if ``0 < x < 1`` and ``0 < y < 1``; one that is not (NaN and infinity included)
+    adds nothing and has zero gradient.
 
     Letters: B batch, S pixels of all cameras and levels, C channels, N cameras, L levels, A anchors, K key points of an
     anchor, G groups of C / G consecutive channels.
@@ -114,9 +114,7 @@ def _forward(
         return feature_maps.new_zeros(feature_maps.shape[0], weights.shape[1], feature_maps.shape[2])
     if feature_maps.device.type == "cpu" or debug_checks_enabled():
         _check_maps(feature_maps, spatial_shape, scale_start_index)
-    return reference.deformable_aggregation(
-        feature_maps, spatial_shape, scale_start_index, sampling_location, weights
-    )
+    return reference.deformable_aggregation(feature_maps, spatial_shape, scale_start_index, sampling_location, weights)
 
 
 def _forward_fake(

@@ -1,4 +1,4 @@
-"""``feature_maps_format``: between a backbone's list of maps and the flat rows that ``deformable_aggregation`` reads."""
+"""``feature_maps_format``: between a backbone's list of maps and the rows that ``deformable_aggregation`` reads."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -23,15 +23,14 @@ def feature_maps_format(feature_maps: Any, inverse: bool = False) -> Any:
     Letters: B batch, N cameras, L levels, C channels, S pixels of all cameras and levels.
 
     Args:
-        feature_maps: A list of L maps (B, N, C, H_l, W_l), from fine to coarse or in any order. Or a list of such lists,
-            one per group of cameras with equal image sizes; all groups must agree in B, C and L. With ``inverse``: the
-            three tensors.
+        feature_maps: A list of L maps (B, N, C, H_l, W_l), in any order. Or a list of such lists, one for each group of
+            cameras with equal image sizes; all groups must agree in B, C and L. With ``inverse``: the three tensors.
         inverse: Turn rows back into maps.
 
     Returns:
         ``[rows, spatial_shape, scale_start_index]``: (B, S, C) with the pixels camera by camera, within a camera level
-        by level, within a level row by row; (N, L, 2) int64 (height, width); (N, L) int64 first row of each map. The two
-        index tensors are kept and shared between calls: do not write to them. Differentiable in the maps.
+        by level, within a level row by row; (N, L, 2) int64 (height, width); (N, L) int64 first row of each map. The
+        two index tensors are kept and shared between calls: do not write to them. Differentiable in the maps.
 
         With ``inverse``: a list with one list of L maps for each run of consecutive cameras of equal sizes, so that
         the inverse of a format of ``maps`` is ``[maps]``. The maps are views of the rows.
@@ -49,8 +48,8 @@ def feature_maps_format(feature_maps: Any, inverse: bool = False) -> Any:
         >>> rows, spatial_shape, scale_start_index = saccade.feature_maps_format(maps)
         >>> rows.shape, scale_start_index.tolist()
         (torch.Size([1, 60, 8]), [[0, 24], [30, 54]])
-        >>> ((again,),) = [saccade.feature_maps_format([rows, spatial_shape, scale_start_index], inverse=True)]
-        >>> torch.equal(again[0], maps[0])
+        >>> (group,) = saccade.feature_maps_format([rows, spatial_shape, scale_start_index], inverse=True)
+        >>> torch.equal(group[0], maps[0])
         True
     """
     if inverse:

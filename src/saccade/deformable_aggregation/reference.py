@@ -1,7 +1,7 @@
 """Deformable aggregation in plain PyTorch: the meaning of the operator, its CPU path and the oracle of its kernels.
 
-Every visible point touches four pixels on each level. So the whole operator is one weighted sum of feature rows, and its
-gradients are that sum turned around: ``_Samples`` says which rows with which coefficients, the rest adds them up.
+Every visible point touches four pixels on each level. So the whole operator is one weighted sum of feature rows, and
+its gradients are that sum turned around: ``_Samples`` says which rows with which coefficients, the rest adds them up.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class _Samples(NamedTuple):
-    """The corners that the M considered points of one sample touch; corner order: top left, top right, bottom left, bottom right."""
+    """The corners that the M considered points of one sample touch, row by row from the top left."""
 
     anchor: Tensor  # (M,) int64
     point: tuple[Tensor, ...]  # index of the M points into (A, K, N)
@@ -44,15 +44,13 @@ def _samples(pixels: int, spatial_shape: Tensor, scale_start_index: Tensor, loca
         location: (A, K, N, 2) in the compute dtype.
     """
     visible = ((location > 0) & (location < 1)).all(-1)  # false for NaN
-    if location.is_cuda:
-        # The number of visible points is not known on the host: consider all points, the invisible ones with no corner.
-        point = _every_index(visible)
-    else:
-        point = visible.nonzero(as_tuple=True)
+    # On a GPU the host does not know how many points are visible: consider all, invisible ones with no corner inside.
+    point = _every_index(visible) if location.is_cuda else visible.nonzero(as_tuple=True)
     anchor, _, camera = point
     size = spatial_shape[camera]  # (M, L, 2)
     height, width = size.unbind(-1)
-    position = torch.where(visible[point][:, None], location[point], 0.5)[:, None] * size.flip(-1) - 0.5  # (M, L, 2) u, v
+    xy = torch.where(visible[point][:, None], location[point], 0.5)  # (M, 2)
+    position = xy[:, None] * size.flip(-1) - 0.5  # (M, L, 2) u, v
     floor = position.floor()
     share = position - floor
     column, row = floor.long().unbind(-1)
@@ -67,7 +65,7 @@ def _samples(pixels: int, spatial_shape: Tensor, scale_start_index: Tensor, loca
 
 
 def _touched(samples: _Samples, features: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Features (S or S + 1, C) and the index into (M, L, 4) of the corners to read, in rising order of their anchors."""
+    """Features (S or S + 1, C), and the index into (M, L, 4) of the corners to read in rising order of anchors."""
     if features.is_cuda:  # as many corners as there may be; those that are not inside read a row of zeros
         return F.pad(features, (0, 0, 0, 1)), _every_index(samples.inside)
     return features, samples.inside.nonzero(as_tuple=True)

@@ -1,0 +1,32 @@
+# Everything runs in one virtual environment, .venv, which the first command makes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check docs bench clean
+
+demo: $(VENV)/ready  ## train a small multi-camera detector with every operator; pictures in demo-output/
+	$(BIN)/python -m saccade demo
+
+test: check docs  ## lint, types, tests, docs
+	$(BIN)/python -m pytest
+
+check: $(VENV)/ready  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/ready  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: $(VENV)/ready  ## times on this machine's GPU
+	$(BIN)/python -m saccade bench
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,docs]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) site dist demo-output .pytest_cache .ruff_cache .hypothesis

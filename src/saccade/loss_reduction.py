@@ -1,0 +1,83 @@
+"""How a loss is reduced: checked by the public functions, applied inside the operators, forward and backward."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saccade.argument_checks import require_constant, require_number, require_real, require_same_device
+
+AVG_FACTOR_EPS = 1.1920929e-07
+"""What is added to an ``avg_factor`` before dividing by it, as mmdet does: a factor of 0 does not make the loss NaN."""
+
+
+class Reduction(NamedTuple):
+    """How an operator reduces its loss, in the order of its last four arguments."""
+
+    kind: str  # none, mean, sum
+    avg_factor: Tensor | None  # with mean: divide the sum by this, rather than by the number of losses
+    scale: float
+    eps: float  # added to avg_factor
+
+
+def checked_reduction(
+    reduction: Any, avg_factor: Any, *, scale: float = 1.0, eps: float = AVG_FACTOR_EPS, **losses: Tensor
+) -> Reduction:
+    """Check ``reduction`` and ``avg_factor`` of a public function without looking at the value of a tensor.
+
+    Args:
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        avg_factor: ``None``, a number, or a tensor of one element on the device of the loss; ``"none"`` ignores it.
+        scale: Factor of the result.
+        eps: Added to ``avg_factor``.
+        **losses: The tensor of predictions, under the name that messages should use.
+
+    Raises:
+        TypeError: ``avg_factor`` is neither a number nor a tensor of real numbers.
+        ValueError: Unknown ``reduction``, ``avg_factor`` with ``"sum"``, or an ``avg_factor`` that has not one element,
+            lies on another device, or requires grad.
+    """
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    if avg_factor is None or reduction == "none":
+        return Reduction(reduction, None, scale, eps)
+    if reduction == "sum":
+        raise ValueError("avg_factor: expected None with reduction 'sum', got one")
+    if isinstance(avg_factor, Tensor):
+        require_real("avg_factor", avg_factor)
+        require_constant("avg_factor", avg_factor)
+        if avg_factor.numel() != 1:
+            raise ValueError(f"avg_factor: expected one element, got shape {tuple(avg_factor.shape)}")
+        require_same_device(**losses, avg_factor=avg_factor)
+        return Reduction("mean", avg_factor, scale, eps)
+    require_number("avg_factor", avg_factor)
+    divisor = avg_factor + eps
+    return Reduction("sum", None, scale / divisor if divisor else scale * math.inf, eps)
+
+
+def compute_dtype(predictions: Tensor) -> torch.dtype:
+    """The dtype of a loss inside, and of a reduced loss: float64 for float64, else float32."""
+    return torch.float64 if predictions.dtype == torch.float64 else torch.float32
+
+
+def normalized(value: Tensor, count: int, kind: str, avg_factor: Tensor | None, scale: float, eps: float) -> Tensor:
+    """A sum of ``count`` losses turned into the result; or, as all is linear, a gradient of the result into its share."""
+    if avg_factor is not None:
+        return value * scale / (avg_factor.to(value.dtype) + eps)
+    return value * scale / count if kind == "mean" else value * scale
+
+
+def new_loss(predictions: Tensor, shape: torch.Size, kind: str, avg_factor: Tensor | None) -> Tensor:
+    """An empty result: of ``shape`` and dtype of the predictions if unreduced, else of the shape of ``avg_factor``."""
+    if kind == "none":
+        return predictions.new_empty(shape)
+    return predictions.new_empty(() if avg_factor is None else avg_factor.shape, dtype=compute_dtype(predictions))
+
+
+def row_blocks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Cut rows of ``width`` elements into blocks whose temporaries stay in a CPU's cache, or fill a GPU."""
+    block = max(1, (1 << 26 if device.type == "cuda" else 1 << 16) // max(1, width))
+    for start in range(0, rows, block):
+        yield slice(start, start + block)

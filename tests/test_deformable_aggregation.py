@@ -1,0 +1,400 @@
+"""``deformable_aggregation`` and ``feature_maps_format``: values one can check on paper, borders, limits, errors."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import saccade
+from cases.deformable_aggregation import make, oracle
+
+
+def sample(image: list[list[float]], x: float, y: float, device: str = "cpu", weight: float = 1.0):
+    """One point in one map of one channel: value, d/dx, d/dy, d/dweight."""
+    rows = torch.tensor(image, device=device)
+    height, width = rows.shape
+    location = torch.tensor([x, y], device=device).view(1, 1, 1, 1, 2).requires_grad_()
+    weights = torch.full((1, 1, 1, 1, 1, 1), weight, device=device, requires_grad=True)
+    value = saccade.deformable_aggregation(
+        rows.view(1, -1, 1),
+        torch.tensor([[[height, width]]], device=device),
+        torch.tensor([[0]], device=device),
+        location,
+        weights,
+    )
+    value.sum().backward()
+    assert location.grad is not None
+    assert weights.grad is not None
+    return value.item(), *location.grad.flatten().tolist(), weights.grad.item()
+
+
+SQUARE = [[1.0, 2.0], [3.0, 4.0]]
+NINE = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]
+
+
+@pytest.mark.parametrize(
+    ("image", "x", "y", "expected"),
+    [
+        (SQUARE, 0.5, 0.5, 2.5),  # the mean of all four
+        (SQUARE, 0.25, 0.25, 1.0),  # the centre of the first pixel
+        (SQUARE, 0.1, 0.5, 1.4),  # u = -0.3: 0.7 of the left column's mean of 2
+        (NINE, 0.5, 0.5, 5.0),  # the centre of the middle pixel
+        (NINE, 0.5, 1 / 6, 2.0),  # the centre of the upper middle pixel
+        (NINE, 2 / 3, 0.5, 5.5),  # halfway between the middle and the right pixel
+        (NINE, 1 / 3, 1 / 3, 3.0),  # where the upper left four meet: (1 + 2 + 4 + 5) / 4
+        (NINE, 1e-7, 0.5, 2.0),  # just inside the left border: half of the edge value 4
+        (NINE, 1e-7, 1e-7, 0.25),  # just inside the corner: a quarter of it
+        (NINE, 1 - 1e-7, 0.5, 3.0),
+        (NINE, 0.0, 0.5, 0.0),  # on the border: not visible
+        (NINE, 1.0, 0.5, 0.0),
+        (NINE, 0.5, 0.0, 0.0),
+        (NINE, 0.5, 1.0, 0.0),
+        (NINE, -0.01, 0.5, 0.0),  # where grid_sample would still mix in the edge
+        (NINE, 0.5, 1.01, 0.0),
+        (NINE, float("nan"), 0.5, 0.0),
+        (NINE, 0.5, float("inf"), 0.0),
+        (NINE, -float("inf"), float("nan"), 0.0),
+    ],
+)
+def test_values_by_hand(image, x, y, expected, device):
+    value, slope_x, slope_y, slope_weight = sample(image, x, y, device)
+    assert value == pytest.approx(expected, abs=1e-5)
+    assert slope_weight == pytest.approx(expected, abs=1e-5)
+    if not (0 < x < 1 and 0 < y < 1):
+        assert (slope_x, slope_y) == (0, 0)
+
+
+def test_gradients_by_hand(device):
+    value, slope_x, slope_y, slope_weight = sample(SQUARE, 0.1, 0.5, device)
+    assert (value, slope_weight) == (pytest.approx(1.4), pytest.approx(1.4))
+    assert slope_x == pytest.approx(4.0)  # 2 pixels x (2 - 0), left column's mean against the zeros outside
+    assert slope_y == pytest.approx(2.8)  # 2 pixels x 0.7 x (3 - 1)
+
+
+def test_gradient_at_an_integer_pixel_is_that_of_the_right_side(device):
+    # The centre of the middle pixel: to the right the value rises by 1 per pixel, as it does to the left of it.
+    hill = [[0.0, 0.0, 0.0], [0.0, 5.0, 1.0], [0.0, 0.0, 0.0]]
+    _, slope_x, slope_y, _ = sample(hill, 0.5, 0.5, device)
+    assert slope_x == pytest.approx(3 * (1 - 5), abs=1e-4)
+    assert slope_y == pytest.approx(3 * (0 - 5), abs=1e-4)
+
+
+def test_groups_are_blocks_of_channels_and_levels_add_up(device):
+    maps = [torch.full((1, 1, 4, 2, 2), 1.0, device=device), torch.full((1, 1, 4, 1, 1), 10.0, device=device)]
+    weights = torch.tensor([[1.0, 2.0], [0.5, 0.25]], device=device).view(1, 1, 1, 1, 2, 2)  # level, group
+    location = torch.full((1, 1, 1, 1, 2), 0.5, device=device)
+    output = saccade.deformable_aggregation(*saccade.feature_maps_format(maps), location, weights)
+    assert output.flatten().tolist() == [6.0, 6.0, 4.5, 4.5]
+
+
+def test_not_a_number_outside_the_sampled_pixels_does_not_spread(device):
+    inputs = [value.detach().to(device) for value in make([[(6, 8)]], batch=1, spread=0.2)]
+    features, *_, weights = inputs
+    expected = saccade.deformable_aggregation(*inputs)
+    features[:, :8] = float("nan")  # the first row of the map, which no point in its middle touches
+    assert torch.equal(saccade.deformable_aggregation(*inputs), expected)
+    inputs[3][:, 0, 0] = -1
+    weights[:, 0, 0] = float("nan")  # the weight of a point that is not visible
+    assert saccade.deformable_aggregation(*inputs).isfinite().all()
+
+
+@given(
+    batch=st.integers(1, 2),
+    anchors=st.integers(1, 6),
+    points=st.integers(1, 4),
+    sizes=st.lists(
+        st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=2, max_size=2), min_size=1, max_size=3
+    ),
+    groups=st.integers(1, 3),
+    block=st.integers(1, 4),
+)
+def test_equals_grid_sample_away_from_the_border(batch, anchors, points, sizes, groups, block):
+    inputs = [
+        value.detach().double() if value.is_floating_point() else value
+        for value in make(sizes, batch, anchors, points, groups, groups * block)
+    ]
+    features, _, start, location, weights = inputs
+    location.mul_(0.7).add_(0.15)  # into the open unit square
+    location.clamp_(1e-3, 1 - 1e-3)
+    expected = torch.zeros(batch, anchors, groups * block, dtype=torch.float64)
+    for n, level in itertools.product(range(len(sizes)), range(2)):
+        height, width = sizes[n][level]
+        first = int(start[n, level])
+        feature_map = features[:, first : first + height * width].mT.unflatten(-1, (height, width))
+        sampled = F.grid_sample(feature_map, 2 * location[:, :, :, n] - 1, align_corners=False)  # (B, C, A, K)
+        expected += torch.einsum("bcak,bakc->bac", sampled, weights[:, :, :, n, level].repeat_interleave(block, -1))
+    torch.testing.assert_close(saccade.deformable_aggregation(*inputs), expected)
+
+
+def test_gradcheck(device):
+    inputs = make([[(5, 7), (2, 2)], [(3, 9), (1, 4)]], anchors=3, points=2)
+    inputs = [
+        value.detach().to(device, torch.float64).requires_grad_() if value.is_floating_point() else value.to(device)
+        for value in inputs
+    ]
+    assert torch.autograd.gradcheck(saccade.deformable_aggregation, inputs, nondet_tol=1e-12)
+
+
+def test_only_the_gradients_that_are_needed(device):
+    for needed in itertools.product([False, True], repeat=3):
+        inputs = [value.detach().to(device) for value in make([[(4, 4)]], batch=1)]
+        leaves = [inputs[0], inputs[3], inputs[4]]
+        for leaf, need in zip(leaves, needed, strict=True):
+            leaf.requires_grad_(need)
+        output = saccade.deformable_aggregation(*inputs)
+        assert output.requires_grad == any(needed)
+        if any(needed):
+            output.sum().backward()
+        assert [leaf.grad is not None for leaf in leaves] == list(needed)
+
+
+def test_mixed_dtypes(device):
+    inputs = [value.detach().to(device) for value in make([[(6, 8), (3, 4)]], batch=1)]
+    features, shape, start, location, weights = inputs
+    leaves = [features.bfloat16().requires_grad_(), location.requires_grad_(), weights.half().requires_grad_()]
+    output = saccade.deformable_aggregation(leaves[0], shape, start, leaves[1], leaves[2])
+    assert output.dtype == torch.bfloat16
+    exact = oracle(
+        *(
+            leaf.double().cpu() if leaf.is_floating_point() else leaf.cpu()
+            for leaf in (leaves[0], shape, start, leaves[1], leaves[2])
+        )
+    )
+    assert (output.double().cpu() - exact).norm() < 4e-3 * exact.norm()
+    output.sum().backward()
+    assert [leaf.grad is not None and leaf.grad.dtype == leaf.dtype for leaf in leaves] == [True] * 3
+
+
+def test_autocast_casts_the_features_alone(device):
+    inputs = [value.detach().to(device) for value in make([[(6, 8)]], batch=1, groups=1)]
+    with torch.autocast(device, torch.bfloat16):
+        output = saccade.deformable_aggregation(*inputs)
+    inputs[0] = inputs[0].bfloat16()
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, saccade.deformable_aggregation(*inputs))
+
+
+def test_rows_that_do_not_exist():
+    """On the CPU an error that names the map."""
+    features, shape, start, location, weights = make([[(4, 4), (2, 2)], [(4, 4), (2, 2)]])
+    for bad in (-1, 38):
+        start = start.clone()
+        start[1, 1] = bad
+        with pytest.raises(ValueError, match=rf"2 x 2 pixels at row {bad} \(camera 1, level 1\)"):
+            saccade.deformable_aggregation(features, shape, start, location, weights)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the CPU raises instead")
+def test_rows_that_do_not_exist_count_as_zero_on_a_gpu():
+    inputs = make([[(4, 4), (2, 2)], [(4, 4), (2, 2)]])
+    for bad in (-1, 38, -(2**40), 2**40):
+        features, shape, start, location, weights = (value.detach().clone() for value in inputs)
+        start[1, 1] = bad
+        on_gpu = [value.cuda() for value in (features, shape, start, location, weights)]
+        result = saccade.deformable_aggregation(*on_gpu)
+        torch.testing.assert_close(result.cpu(), oracle(features, shape, start, location, weights))
+        with saccade.debug_checks(True), pytest.raises(ValueError, match="camera 1, level 1"):
+            saccade.deformable_aggregation(*on_gpu)
+
+
+def test_memory_at_the_size_of_a_real_detector():
+    """900 anchors x 13 points x 6 cameras x 4 levels x 256 channels: at most 1.5 GB beyond inputs and gradients."""
+    script = """
+import resource, torch, saccade
+shape = torch.tensor([[(256 // s, 704 // s) for s in (4, 8, 16, 32)]] * 6)
+area = shape.prod(-1).flatten()
+start = (area.cumsum(0) - area).view(6, 4)
+rows = torch.rand(1, int(area.sum()), 256, requires_grad=True)
+location = torch.rand(1, 900, 13, 6, 2, requires_grad=True)  # every point in every camera: six times what a rig sees
+weights = torch.rand(1, 900, 13, 6, 4, 8, requires_grad=True)
+gradients = sum(t.numel() * 4 for t in (rows, location, weights))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+saccade.deformable_aggregation(rows, shape, start, location, weights).sum().backward()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print((peak - before - gradients) / 1e9)
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.5
+
+
+def bad(position: int, value) -> list:
+    inputs = list(make([[(4, 4), (2, 2)]]))
+    inputs[position] = value(inputs[position]) if callable(value) else value
+    return inputs
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        (bad(0, [[1.0]]), TypeError, "feature_maps: expected a torch.Tensor, got list"),
+        (bad(0, lambda t: t.int()), TypeError, "feature_maps: expected float.*got torch.int32"),
+        (bad(0, lambda t: t[0]), ValueError, r"feature_maps: expected shape \(B, S, C\), got \(20, 4\)"),
+        (bad(1, lambda t: t.float()), TypeError, "spatial_shape: expected int32 or int64, got torch.float32"),
+        (bad(1, lambda t: t[..., :1]), ValueError, r"spatial_shape: expected shape \(N, L, 2\), got \(1, 2, 1\)"),
+        (bad(2, lambda t: t.short()), TypeError, "scale_start_index: expected int32 or int64, got torch.int16"),
+        (bad(2, lambda t: t[:, :1]), ValueError, r"scale_start_index: .*N=1, L=2, got \(1, 1\)"),
+        (bad(3, lambda t: t.long()), TypeError, "sampling_location"),
+        (bad(3, lambda t: t[:1]), ValueError, r"sampling_location: .*B=2, N=1, got \(1, 4, 3, 1, 2\)"),
+        (bad(3, lambda t: t[..., :1]), ValueError, r"sampling_location: expected shape \(B, A, K, N, 2\)"),
+        (bad(4, lambda t: t[:, :3]), ValueError, r"weights: .*A=4.*got \(2, 3, 3, 1, 2, 2\)"),
+        (bad(4, lambda t: t[..., :1, :]), ValueError, "weights: .*L=2"),
+        (
+            bad(4, lambda t: t.repeat(1, 1, 1, 1, 1, 2)[..., :3]),
+            ValueError,
+            "weights: expected groups .*divide C=4.*got 3",
+        ),
+        (bad(4, lambda t: t[..., :0]), ValueError, "weights: expected groups .*got 0"),
+        (
+            bad(4, lambda t: t.detach().to("meta")),
+            ValueError,
+            "weights: expected device cpu, that of feature_maps, got meta",
+        ),
+    ],
+)
+def test_errors(inputs, error, message):
+    with pytest.raises(error, match=message):
+        saccade.deformable_aggregation(*inputs)
+
+
+# ---- feature_maps_format
+
+
+def test_format_of_the_example(device):
+    maps = [torch.rand(3, 2, 5, 4, 6, device=device), torch.rand(3, 2, 5, 2, 3, device=device)]
+    rows, spatial_shape, start = saccade.feature_maps_format(maps)
+    assert spatial_shape.tolist() == [[[4, 6], [2, 3]]] * 2
+    assert start.tolist() == [[0, 24], [30, 54]]
+    assert (rows.shape, spatial_shape.dtype, start.dtype) == ((3, 60, 5), torch.int64, torch.int64)
+    for n, level in itertools.product(range(2), range(2)):
+        height, width = spatial_shape[n, level].tolist()
+        for i, j in itertools.product(range(height), range(width)):
+            assert torch.equal(rows[:, int(start[n, level]) + i * width + j], maps[level][:, n, :, i, j])
+
+
+def test_format_of_groups_adds_the_pixels_of_earlier_groups():
+    groups = [
+        [torch.rand(1, 2, 8, 4, 6), torch.rand(1, 2, 8, 2, 3)],
+        [torch.rand(1, 1, 8, 5, 3), torch.rand(1, 1, 8, 1, 3)],
+    ]
+    triple = saccade.feature_maps_format(groups)
+    assert triple[2].tolist() == [[0, 24], [30, 54], [60, 75]]
+    back = saccade.feature_maps_format(triple, inverse=True)
+    assert all(
+        torch.equal(a, b) for left, right in zip(back, groups, strict=True) for a, b in zip(left, right, strict=True)
+    )
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=3),
+    st.booleans(),
+)
+def test_format_round_trip(groups, channels_last):
+    maps = [[torch.rand(2, n, 3, height, width), torch.rand(2, n, 3, 1, width)] for n, height, width in groups]
+    if channels_last:
+        maps = [[m.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) for m in group] for group in maps]
+    triple = saccade.feature_maps_format(maps)
+    again = saccade.feature_maps_format(saccade.feature_maps_format(triple, inverse=True))
+    assert all(torch.equal(left, right) for left, right in zip(triple, again, strict=True))
+    foreign = [triple[0], triple[1].clone(), triple[2]]  # sizes that have to be read from the tensor
+    for left, right in zip(
+        saccade.feature_maps_format(foreign, inverse=True),
+        saccade.feature_maps_format(triple, inverse=True),
+        strict=True,
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_format_of_one_list_comes_back_as_a_list_of_one():
+    maps = [torch.rand(1, 2, 3, 4, 5)]
+    (group,) = saccade.feature_maps_format(saccade.feature_maps_format(maps), inverse=True)
+    assert torch.equal(group[0], maps[0])
+
+
+def test_format_passes_gradients(device):
+    maps = [torch.rand(1, 2, 3, 4, 5, device=device, requires_grad=True) for _ in range(2)]
+    rows, _, _ = saccade.feature_maps_format(maps)
+    rows[:, 7].sum().backward()
+    assert maps[0].grad is not None
+    assert maps[0].grad[0, 0, :, 1, 2].tolist() == [1, 1, 1]
+    assert maps[0].grad.sum() == 3
+
+
+def test_index_tensors_are_kept_and_survive_bad_neighbours(device):
+    maps = [torch.rand(1, 2, 3, 4, 5, device=device)]
+    _, shape, start = saccade.feature_maps_format(maps)
+    assert saccade.feature_maps_format(maps)[1] is shape
+    with torch.inference_mode():
+        _, inner, _ = saccade.feature_maps_format([torch.rand(1, 3, 3, 4, 6, device=device)])
+        assert inner.is_inference()
+    assert not saccade.feature_maps_format([torch.rand(1, 3, 3, 4, 6, device=device)])[1].is_inference()
+    start += 1  # a caller who writes to them must not spoil the next call
+    assert saccade.feature_maps_format(maps)[2].tolist() == [[0], [20]]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_format_compiles(device, dynamic):
+    torch._dynamo.reset()
+    maps = [torch.rand(1, 2, 3, 4, 5, device=device), torch.rand(1, 2, 3, 2, 2, device=device)]
+    compiled = torch.compile(saccade.feature_maps_format, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for left, right in zip(compiled(maps), saccade.feature_maps_format(maps), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_format_exports():
+    class Head(torch.nn.Module):
+        def forward(self, fine, coarse, location, weights):
+            return saccade.deformable_aggregation(*saccade.feature_maps_format([fine, coarse]), location, weights)
+
+    inputs = (
+        torch.rand(1, 2, 4, 6, 8),
+        torch.rand(1, 2, 4, 3, 4),
+        torch.rand(1, 5, 3, 2, 2),
+        torch.rand(1, 5, 3, 2, 2, 2),
+    )
+    exported = torch.export.export(Head(), inputs)
+    torch.testing.assert_close(exported.module()(*inputs), Head()(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("maps", "error", "message"),
+    [
+        ([], ValueError, "feature_maps: expected a list of maps .* got an empty list"),
+        (torch.rand(1, 1, 2, 3, 3), ValueError, "feature_maps: expected a list of maps .* got Tensor"),
+        ([torch.rand(2, 3, 3)], ValueError, r"feature_maps\[0\]: expected shape \(B, N, C, H, W\)"),
+        ([torch.ones(1, 1, 2, 3, 3, dtype=torch.int64)], TypeError, r"feature_maps\[0\]: expected float"),
+        (
+            [torch.rand(1, 1, 2, 3, 3), torch.rand(1, 1, 4, 3, 3)],
+            ValueError,
+            r"feature_maps\[1\]: .*C=2, got \(1, 1, 4",
+        ),
+        (
+            [torch.rand(1, 1, 2, 3, 3), torch.rand(1, 1, 2, 3, 3).half()],
+            ValueError,
+            "float32 on cpu like the first map",
+        ),
+        (
+            [[torch.rand(1, 1, 2, 3, 3)], [torch.rand(1, 1, 2, 3, 3)] * 2],
+            ValueError,
+            r"feature_maps\[1\]: expected 1 levels",
+        ),
+        ([[torch.rand(1, 1, 2, 3, 3)], [torch.rand(1, 1, 4, 3, 3)]], ValueError, r"feature_maps\[1\]\[0\]: .*C=2"),
+        ([[torch.rand(1, 1, 2, 3, 3)], []], ValueError, r"feature_maps\[1\]: .*empty list"),
+    ],
+)
+def test_format_errors(maps, error, message):
+    with pytest.raises(error, match=message):
+        saccade.feature_maps_format(maps)
+
+
+def test_inverse_errors():
+    rows, shape, start = saccade.feature_maps_format([torch.rand(1, 1, 2, 3, 3)])
+    with pytest.raises(ValueError, match="inverse=True"):
+        saccade.feature_maps_format([rows, shape], inverse=True)
+    with pytest.raises(ValueError, match="add up to the 8 rows, got 9 pixels"):
+        saccade.feature_maps_format([rows[:, 1:], shape, start], inverse=True)

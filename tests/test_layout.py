@@ -1,0 +1,87 @@
+"""The rules of the house: what may import what, and that importing is free of side effects."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import saccade
+
+PACKAGE = Path(saccade.__file__).parent
+OPERATORS = ["deformable_aggregation", "focal_loss", "gaussian_focal_loss", "gaussian_heatmap"]
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of all that a module imports, functions and modules alike."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def depends_on(path: Path, package: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for name in imports(path))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_an_operator_is_one_folder_with_the_same_files(operator):
+    names = {path.name for path in (PACKAGE / operator).glob("*.py")}
+    assert names >= {"__init__.py", "api.py", "reference.py"}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operators_never_import_operators(operator):
+    others = [*(name for name in OPERATORS if name != operator), "ragged", "nn", "compat", "demo", "cli", "doctor"]
+    for path in (PACKAGE / operator).glob("*.py"):
+        for other in others:
+            assert not depends_on(path, f"saccade.{other}"), f"{path.name} of {operator} imports {other}"
+
+
+@pytest.mark.parametrize("operator", [*OPERATORS, "ragged"])
+def test_reference_and_kernels_never_import_each_other(operator):
+    for one, other in (("reference", "kernels"), ("kernels", "reference")):
+        path = PACKAGE / operator / f"{one}.py"
+        assert not path.exists() or not depends_on(path, f"saccade.{operator}.{other}")
+
+
+def test_modules_call_operators_never_kernels():
+    for path in [*(PACKAGE / "nn").glob("*.py"), *(PACKAGE / "demo").glob("*.py"), *(PACKAGE / "compat").glob("*.py")]:
+        for operator in OPERATORS:
+            assert not depends_on(path, f"saccade.{operator}.kernels"), path
+
+
+def test_the_library_proper_needs_torch_alone():
+    extras = {"rich", "typer", "matplotlib", "PIL", "scipy", "numpy", "triton"}
+    for path in MODULES:
+        if path.name == "cli.py" or path.parent.name == "demo" or path.name == "kernels.py":
+            continue
+        assert not {name.split(".")[0] for name in imports(path)} & extras, path
+
+
+def test_no_drawer_of_odds_and_ends():
+    assert not [path for path in MODULES if path.stem in ("utils", "common", "misc", "helpers")]
+
+
+def test_importing_compiles_nothing_and_touches_no_gpu():
+    script = """
+import sys, torch
+import saccade
+assert not torch.cuda.is_initialized()
+assert "triton" not in sys.modules, "triton was imported"
+assert "torch._inductor" not in sys.modules, "the compiler was imported"
+assert not {"rich", "typer", "matplotlib", "scipy"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_every_public_name_has_a_docstring_and_exists():
+    for name in saccade.__all__:
+        value = getattr(saccade, name)
+        assert name == "__version__" or value.__doc__, name
