@@ -51,7 +51,8 @@ def _deformable_aggregation(device: str, dtype: torch.dtype) -> list[Tensor]:
     maps = [random(2, 3, 16, *size, requires_grad=True) for size in ((8, 12), (4, 6))]
     location = (random(2, 20, 5, 3, 2) * 1.4 - 0.2).detach().requires_grad_()
     weights = random(2, 20, 5, 3, 2, 4, requires_grad=True)
-    result = saccade.deformable_aggregation(*saccade.feature_maps_format(maps), location, weights)
+    rows, spatial_shape, scale_start_index = saccade.feature_maps_format(maps)
+    result = saccade.deformable_aggregation(rows, spatial_shape, scale_start_index, location, weights)
     return _with_gradients(result, *maps, location, weights)
 
 

@@ -2,9 +2,14 @@
 
 from saccade.nn.deformable_feature_aggregation import DeformableFeatureAggregation
 from saccade.nn.key_points import SparseBox3DKeyPointsGenerator, SparsePoint3DKeyPointsGenerator
+from saccade.nn.losses import FocalLoss, GaussianFocalLoss, SigmoidFocalLoss, SoftmaxFocalLoss
 
 __all__ = [
     "DeformableFeatureAggregation",
+    "FocalLoss",
+    "GaussianFocalLoss",
+    "SigmoidFocalLoss",
+    "SoftmaxFocalLoss",
     "SparseBox3DKeyPointsGenerator",
     "SparsePoint3DKeyPointsGenerator",
 ]

@@ -162,8 +162,13 @@ class DeformableFeatureAggregation(nn.Module):
                     f"got {len(feature_maps)} items"
                 )
             location = self.project_points(key_points, projection_mat, image_wh)  # (B, N, A, K, 2)
+            rows, spatial_shape, scale_start_index = feature_maps
             features = deformable_aggregation(
-                *feature_maps, location.permute(0, 2, 3, 1, 4), weights.permute(0, 1, 4, 2, 3, 5)
+                rows,
+                spatial_shape,
+                scale_start_index,
+                location.permute(0, 2, 3, 1, 4),  # (B, A, K, N, 2)
+                weights.permute(0, 1, 4, 2, 3, 5),  # (B, A, K, N, L, G)
             )
         else:
             sampled = self.feature_sampling(feature_maps, key_points, projection_mat, image_wh)
@@ -232,7 +237,9 @@ class DeformableFeatureAggregation(nn.Module):
         return weighted.sum((2, 3)).flatten(-2)
 
 
-def _build_generator(config: Mapping[str, Any] | None, embed_dims: int) -> nn.Module:
+def _build_generator(
+    config: Mapping[str, Any] | None, embed_dims: int
+) -> SparseBox3DKeyPointsGenerator | SparsePoint3DKeyPointsGenerator:
     if config is None:
         raise ValueError("kps_generator: expected a dict with the generator's type and arguments, got None")
     arguments = dict(config)

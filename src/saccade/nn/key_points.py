@@ -51,6 +51,8 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
         tensor([[[[1.0000, 2.4500, 3.0000]]]])
     """
 
+    num_pts: int
+
     def __init__(
         self,
         embed_dims: int = 256,
@@ -192,6 +194,7 @@ class SparsePoint3DKeyPointsGenerator(nn.Module):
         torch.Size([1, 5, 6, 3])
     """
 
+    num_pts: int
     heights: Tensor
 
     def __init__(

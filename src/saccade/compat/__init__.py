@@ -1,0 +1,1 @@
+"""The import surfaces of other projects, so that their users change one line."""
