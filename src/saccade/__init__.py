@@ -1,15 +1,28 @@
 """Fused PyTorch operators for training camera perception models."""
 
-from saccade import nn
+from saccade import nn, ragged
 from saccade.debug import debug_checks
 from saccade.deformable_aggregation import deformable_aggregation, feature_maps_format
+from saccade.focal_loss import sigmoid_focal_loss, softmax_focal_loss
+from saccade.gaussian_focal_loss import gaussian_focal_loss, gaussian_focal_loss_with_logits
+from saccade.gaussian_heatmap import draw_heatmap, draw_heatmap_batched, gaussian_radius
+from saccade.ragged import RaggedBatch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "RaggedBatch",
     "__version__",
     "debug_checks",
     "deformable_aggregation",
+    "draw_heatmap",
+    "draw_heatmap_batched",
     "feature_maps_format",
+    "gaussian_focal_loss",
+    "gaussian_focal_loss_with_logits",
+    "gaussian_radius",
     "nn",
+    "ragged",
+    "sigmoid_focal_loss",
+    "softmax_focal_loss",
 ]

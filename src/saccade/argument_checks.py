@@ -78,7 +78,8 @@ def require_number(name: str, value: Any, *, minimum: float = -math.inf, above: 
     """Raise unless ``value`` is a finite Python number, at least ``minimum`` and greater than ``above``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value >= minimum and value > above):
+    # Not math.isfinite: torch.compile may hand over a symbolic number.
+    if not (-math.inf < value < math.inf and value >= minimum and value > above):
         bound = f" > {above:g}" if above > -math.inf else f" >= {minimum:g}" if minimum > -math.inf else ""
         raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
 

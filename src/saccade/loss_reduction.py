@@ -53,6 +53,11 @@ def checked_reduction(
         require_same_device(**losses, avg_factor=avg_factor)
         return Reduction("mean", avg_factor, scale, eps)
     require_number("avg_factor", avg_factor)
+    if torch.compiler.is_compiling():
+        # The compiler would bake a number into its graph, and compile anew for the next one. Of all that makes a tensor
+        # of it, a product is what keeps it variable.
+        (loss,) = losses.values()
+        return Reduction("mean", torch.ones((), dtype=torch.float64, device=loss.device) * avg_factor, scale, eps)
     divisor = avg_factor + eps
     return Reduction("sum", None, scale / divisor if divisor else scale * math.inf, eps)
 
@@ -63,7 +68,7 @@ def compute_dtype(predictions: Tensor) -> torch.dtype:
 
 
 def normalized(value: Tensor, count: int, kind: str, avg_factor: Tensor | None, scale: float, eps: float) -> Tensor:
-    """A sum of ``count`` losses turned into the result; or, as all is linear, a gradient of the result into its share."""
+    """A sum of ``count`` losses turned into the result; or, as that is linear, a gradient turned back."""
     if avg_factor is not None:
         return value * scale / (avg_factor.to(value.dtype) + eps)
     return value * scale / count if kind == "mean" else value * scale
@@ -76,8 +81,10 @@ def new_loss(predictions: Tensor, shape: torch.Size, kind: str, avg_factor: Tens
     return predictions.new_empty(() if avg_factor is None else avg_factor.shape, dtype=compute_dtype(predictions))
 
 
-def row_blocks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Cut rows of ``width`` elements into blocks whose temporaries stay in a CPU's cache, or fill a GPU."""
-    block = max(1, (1 << 26 if device.type == "cuda" else 1 << 16) // max(1, width))
+def row_blocks(tensor: Tensor) -> Iterator[slice]:
+    """Cut the rows of a tensor into blocks whose temporaries stay in a CPU's cache, or fill a GPU."""
+    rows = tensor.shape[0]
+    width = max(1, tensor.numel() // max(1, rows))
+    block = max(1, (1 << 24 if tensor.is_cuda else 1 << 16) // width)
     for start in range(0, rows, block):
         yield slice(start, start + block)

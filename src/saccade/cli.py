@@ -1,0 +1,90 @@
+"""The command line, for those who installed the `demo` extra: `saccade demo`.
+
+`saccade doctor` works with torch alone installed and is therefore dispatched in `saccade.__main__`; it is named here for the help page.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from saccade.demo import DemoError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Fused PyTorch operators for training camera perception models."
+)
+
+
+class _BareAmp(TyperCommand):
+    """Lets `--amp` stand alone for `--amp bf16`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Complete a bare `--amp`."""
+        complete = []
+        for arg, following in zip(args, [*args[1:], "--"], strict=True):
+            complete += [arg, "bf16"] if arg == "--amp" and following.startswith("-") else [arg]
+        return super().parse_args(ctx, complete)
+
+
+@app.command(cls=_BareAmp)
+def demo(
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps; by default 700, or 500 with --frame.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of scenes and weights.", min=0)] = 0,
+    frame: Annotated[
+        Path | None,
+        typer.Option(help="Train on a real frame: a directory with frame.json and the camera images.", metavar="DIR"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    amp: Annotated[str, typer.Option(help="Mixed precision: off, bf16 or fp16; --amp alone means bf16.")] = "off",
+    out: Annotated[Path, typer.Option(help="Where the pictures go.", metavar="DIR")] = Path("demo-output"),
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the closing table there, too.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Train a small sparse multi-camera detector from scratch, and show what it learnt.
+
+    Without --frame it learns from rendered scenes, a new one at every step, and is evaluated on others.
+    """
+    from saccade.demo.run import DemoOptions, run_demo
+
+    try:
+        require_writable(out, json_file)
+        report = run_demo(DemoOptions(steps, seed, frame, device, amp, out))
+    except DemoError as error:
+        print(f"saccade demo: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
+def doctor() -> None:
+    """Check the installation: versions, devices, and every operator against its reference."""
+    from saccade.doctor import main
+
+    raise typer.Exit(main([]))
+
+
+def require_writable(out: Path, json_file: Path | None) -> None:
+    """Make the directory of the pictures and see that both can be written, before any time is spent on training.
+
+    Raises:
+        DemoError: One cannot.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"--out {out}: cannot make this directory ({error.strerror})") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise DemoError(f"--out {out}: cannot write into this directory")
+    if json_file is not None:
+        try:
+            json_file.open("a").close()
+        except OSError as error:
+            raise DemoError(f"--json {json_file}: cannot write this file ({error.strerror})") from error

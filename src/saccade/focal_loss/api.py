@@ -1,0 +1,343 @@
+"""The public functions: ``sigmoid_focal_loss`` and ``softmax_focal_loss``."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from saccade.argument_checks import (
+    require_constant,
+    require_floating,
+    require_integer,
+    require_number,
+    require_real,
+    require_same_device,
+    require_shape,
+    require_tensor,
+)
+from saccade.focal_loss import reference
+from saccade.loss_reduction import AVG_FACTOR_EPS, checked_reduction, new_loss
+from saccade.registration import below_autograd, register, register_autograd, register_backward
+
+
+def sigmoid_focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    activated: bool = False,
+    reduction: Literal["none", "mean", "sum"] = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    """Binary focal loss of every class: cross entropy that easy examples add little to.
+
+    With ``p = sigmoid(logits)`` and a target ``t`` of 0 or 1, an element's loss is
+    ``alpha * (1 - p)**gamma * -log(p)`` for ``t = 1`` and ``(1 - alpha) * p**gamma * -log(1 - p)`` for ``t = 0``; for
+    ``t`` in between it is ``(alpha * t + (1 - alpha) * (1 - t)) * (t * (1 - p) + (1 - t) * p)**gamma`` times the cross
+    entropy. Values and gradients of all finite logits are finite; an infinite logit has the limit.
+
+    Letters: ... any leading axes (rows), C classes.
+
+    Args:
+        logits: (..., C) floating point, any strides.
+        target: (...) int32 or int64 class of each row, where every number outside [0, C) is background (all of the
+            row's elements are negatives); or (..., C) bool or floating point, each element's target in [0, 1].
+        alpha: Weight of positives in [0, 1], that of negatives being ``1 - alpha``. Negative: no balancing, both 1.
+        gamma: Focal power, at least 0.
+        weight: (...) weight of each row, or (..., C) or (..., 1) weight of each element, of any real dtype. The number
+            of axes tells them apart.
+        class_weight: (C,) weight of each row, picked by its label; background rows have weight 1. Integer targets only.
+        activated: ``logits`` are probabilities in [0, 1]. Logarithms are clamped at -100 then.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"``, which divides by the number of elements.
+        avg_factor: With ``"mean"``, divide the sum by ``avg_factor + 1.1920929e-07`` instead. A number, or a tensor of
+            one element that is read on its device. ``"none"`` ignores it.
+
+    Returns:
+        ``"none"``: (..., C) in the dtype of ``logits``. Otherwise the reduced loss, float32 (float64 for float64
+        logits) and summed so, of the shape of ``avg_factor`` if that is a tensor, else (). Of no elements, ``"mean"``
+        is NaN and everything else 0. Gradients flow to ``logits`` and ``weight``; differentiating twice raises.
+        Autocast changes nothing.
+
+    Raises:
+        TypeError: An argument is no tensor or not of a dtype as said above.
+        ValueError: Shapes or devices disagree, a number is out of range, an unknown ``reduction``, ``avg_factor`` with
+            ``"sum"``, ``class_weight`` with a dense target, or an argument requires grad that gets none.
+
+    The loss of RetinaNet (Lin et al., "Focal Loss for Dense Object Detection", 2017, https://arxiv.org/abs/1708.02002).
+
+    Example:
+        >>> import torch, saccade
+        >>> logits = torch.tensor([[2.0, -1.0, 0.5], [-3.0, 0.0, 1.0], [0.25, -0.75, 4.0]])
+        >>> saccade.sigmoid_focal_loss(logits, torch.tensor([0, 3, 2]))  # 3 is background
+        tensor(0.1314)
+    """
+    return scaled_sigmoid_focal_loss(
+        logits,
+        target,
+        alpha=alpha,
+        gamma=gamma,
+        weight=weight,
+        class_weight=class_weight,
+        activated=activated,
+        reduction=reduction,
+        avg_factor=avg_factor,
+    )
+
+
+def scaled_sigmoid_focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float,
+    gamma: float,
+    weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    activated: bool = False,
+    reduction: Any = "mean",
+    avg_factor: float | Tensor | None = None,
+    scale: float = 1.0,
+    avg_factor_eps: float = AVG_FACTOR_EPS,
+) -> Tensor:
+    """``sigmoid_focal_loss`` times ``scale``, with another number added to ``avg_factor``: for modules, in one call."""
+    classes = _require_logits(logits)
+    require_tensor("target", target)
+    if target.ndim != logits.ndim and target.dtype in (torch.int32, torch.int64):
+        _require_labels(logits, target)
+        _require_class_weight(class_weight, classes)
+    else:
+        _require_dense(logits, target)
+        if class_weight is not None:
+            raise ValueError("class_weight: expected None with a dense target, got one")
+    if weight is not None:
+        weight = _element_weight(logits, weight)
+    require_number("alpha", alpha)
+    if alpha > 1:
+        raise ValueError(f"alpha: expected a number in [0, 1], or a negative one for no balancing, got {alpha}")
+    require_number("gamma", gamma, minimum=0)
+    require_same_device(logits=logits, target=target, weight=weight, class_weight=class_weight)
+    how = checked_reduction(reduction, avg_factor, scale=scale, eps=avg_factor_eps, logits=logits)
+    return torch.ops.saccade.sigmoid_focal_loss(logits, target, weight, class_weight, alpha, gamma, activated, *how)
+
+
+def softmax_focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    class_weight: Tensor | None = None,
+    reduction: Literal["none", "mean", "sum"] = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    """Focal loss of exclusive classes: of each row, ``-alpha * (1 - p)**gamma * log(p)`` at its label's probability.
+
+    ``p`` is the softmax over the last axis. Rows whose label is outside [0, C) have loss and gradient 0.
+
+    Letters: ... any leading axes (rows), C classes.
+
+    Args:
+        logits: (..., C) floating point, any strides.
+        target: (...) int32 or int64 class of each row.
+        alpha: A plain factor in [0, 1].
+        gamma: Focal power, at least 0.
+        class_weight: (C,) weight of each row, picked by its label.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"``, which divides by the number of rows, those of loss 0 included.
+        avg_factor: With ``"mean"``, divide the sum by ``avg_factor + 1.1920929e-07`` instead. A number, or a tensor of
+            one element that is read on its device. ``"none"`` ignores it.
+
+    Returns:
+        ``"none"``: (...) in the dtype of ``logits``. Otherwise the reduced loss, float32 (float64 for float64 logits)
+        and summed so, of the shape of ``avg_factor`` if that is a tensor, else (). Of no rows, ``"mean"`` is NaN and
+        everything else 0. The gradient flows to ``logits`` alone; differentiating twice raises. Autocast changes
+        nothing.
+
+    Raises:
+        TypeError: An argument is no tensor or not of a dtype as said above.
+        ValueError: Shapes or devices disagree, a number is out of range, an unknown ``reduction``, ``avg_factor`` with
+            ``"sum"``, or an argument requires grad that gets none.
+
+    The softmax form of the loss of RetinaNet (Lin et al., 2017, https://arxiv.org/abs/1708.02002), as in mmcv.
+
+    Example:
+        >>> import torch, saccade
+        >>> logits = torch.tensor([[2.0, -1.0, 0.5], [-3.0, 0.0, 1.0], [0.25, -0.75, 4.0]])
+        >>> saccade.softmax_focal_loss(logits, torch.tensor([0, 1, 2]), reduction="none")
+        tensor([2.7732e-03, 1.7897e-01, 7.6891e-06])
+    """
+    classes = _require_logits(logits)
+    _require_labels(logits, target)
+    _require_class_weight(class_weight, classes)
+    require_number("alpha", alpha, minimum=0)
+    if alpha > 1:
+        raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
+    require_number("gamma", gamma, minimum=0)
+    require_same_device(logits=logits, target=target, class_weight=class_weight)
+    how = checked_reduction(reduction, avg_factor, logits=logits)
+    return torch.ops.saccade.softmax_focal_loss(logits, target, class_weight, alpha, gamma, *how)
+
+
+def _require_logits(logits: Tensor) -> int:
+    """Check ``logits`` and return the number of classes."""
+    require_floating("logits", logits)
+    if logits.ndim == 0:
+        raise ValueError("logits: expected shape (..., C), got ()")
+    return logits.shape[-1]
+
+
+def _require_labels(logits: Tensor, target: Tensor) -> None:
+    require_integer("target", target)
+    if target.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"target: expected one label for each row of logits {tuple(logits.shape)}, "
+            f"shape {tuple(logits.shape[:-1])}, got {tuple(target.shape)}"
+        )
+
+
+def _require_dense(logits: Tensor, target: Tensor) -> None:
+    is_dense = target.dtype == torch.bool or target.is_floating_point()
+    if not is_dense or target.ndim == logits.ndim - 1:
+        raise TypeError(
+            f"target: expected int32 or int64 labels of shape {tuple(logits.shape[:-1])}, or bool or floating targets "
+            f"of shape {tuple(logits.shape)}, got {target.dtype} of shape {tuple(target.shape)}"
+        )
+    if target.shape != logits.shape:
+        raise ValueError(f"target: expected the shape of logits, {tuple(logits.shape)}, got {tuple(target.shape)}")
+    require_constant("target", target)
+
+
+def _require_class_weight(class_weight: Tensor | None, classes: int) -> None:
+    if class_weight is not None:
+        require_real("class_weight", class_weight)
+        require_shape("class_weight", class_weight, "C", C=classes)
+        require_constant("class_weight", class_weight)
+
+
+def _element_weight(logits: Tensor, weight: Tensor) -> Tensor:
+    """Check a weight and bring it into shape (..., C) or (..., 1)."""
+    require_real("weight", weight)
+    rows, classes = logits.shape[:-1], logits.shape[-1]
+    if weight.shape == rows:
+        return weight[..., None]
+    if weight.ndim != logits.ndim or weight.shape[:-1] != rows or weight.shape[-1] not in (1, classes):
+        raise ValueError(
+            f"weight: expected shape {tuple(rows)}, {(*rows, 1)} or {(*rows, classes)} with logits of shape "
+            f"{tuple(logits.shape)}, got {tuple(weight.shape)}"
+        )
+    return weight
+
+
+def _sigmoid_fake(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    class_weight: Tensor | None,
+    alpha: float,
+    gamma: float,
+    activated: bool,
+    kind: str,
+    avg_factor: Tensor | None,
+    scale: float,
+    eps: float,
+) -> Tensor:
+    return new_loss(logits, logits.shape, kind, avg_factor)
+
+
+def _sigmoid_backward_fake(
+    grad_output: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, *numbers: Any
+) -> tuple[Tensor, Tensor]:
+    needed = numbers[-1]
+    grad_logits = logits.new_empty(logits.shape if needed[0] else 0)
+    grad_weight = logits.new_empty(0) if weight is None else weight.new_empty(weight.shape if needed[1] else 0)
+    return grad_logits, grad_weight
+
+
+class _SigmoidFocalLoss(Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        logits, target, weight, class_weight, *numbers, avg_factor, scale, eps = args
+        ctx.save_for_backward(logits, target, weight, class_weight, avg_factor)
+        ctx.numbers = numbers, scale, eps
+        with below_autograd():
+            return torch.ops.saccade.sigmoid_focal_loss(*args)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, avg_factor = ctx.saved_tensors
+        numbers, scale, eps = ctx.numbers
+        needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
+        grad_logits, grad_weight = torch.ops.saccade.sigmoid_focal_loss_backward(
+            grad_output, *tensors, *numbers, avg_factor, scale, eps, needed
+        )
+        return grad_logits if needed[0] else None, None, grad_weight if needed[1] else None, *[None] * 8
+
+
+def _softmax_fake(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    alpha: float,
+    gamma: float,
+    kind: str,
+    avg_factor: Tensor | None,
+    scale: float,
+    eps: float,
+) -> Tensor:
+    return new_loss(logits, target.shape, kind, avg_factor)
+
+
+def _softmax_backward_fake(grad_output: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+class _SoftmaxFocalLoss(Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        logits, target, class_weight, *numbers, avg_factor, scale, eps = args
+        ctx.save_for_backward(logits, target, class_weight, avg_factor)
+        ctx.numbers = numbers, scale, eps
+        with below_autograd():
+            return torch.ops.saccade.softmax_focal_loss(*args)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, avg_factor = ctx.saved_tensors
+        numbers, scale, eps = ctx.numbers
+        grad_logits = torch.ops.saccade.softmax_focal_loss_backward(
+            grad_output, *tensors, *numbers, avg_factor, scale, eps
+        )
+        return grad_logits, *[None] * 8
+
+
+register(
+    "sigmoid_focal_loss(Tensor logits, Tensor target, Tensor? weight, Tensor? class_weight, float alpha, float gamma, "
+    "bool activated, str kind, Tensor? avg_factor, float scale, float eps) -> Tensor",
+    reference.sigmoid_focal_loss,
+    _sigmoid_fake,
+)
+register(
+    "sigmoid_focal_loss_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, "
+    "Tensor? class_weight, float alpha, float gamma, bool activated, str kind, Tensor? avg_factor, float scale, "
+    "float eps, bool[2] needed) -> (Tensor, Tensor)",
+    reference.sigmoid_focal_loss_backward,
+    _sigmoid_backward_fake,
+)
+register_autograd("sigmoid_focal_loss", _SigmoidFocalLoss)
+register_backward("sigmoid_focal_loss_backward")
+register(
+    "softmax_focal_loss(Tensor logits, Tensor target, Tensor? class_weight, float alpha, float gamma, str kind, "
+    "Tensor? avg_factor, float scale, float eps) -> Tensor",
+    reference.softmax_focal_loss,
+    _softmax_fake,
+)
+register(
+    "softmax_focal_loss_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? class_weight, float alpha, "
+    "float gamma, str kind, Tensor? avg_factor, float scale, float eps) -> Tensor",
+    reference.softmax_focal_loss_backward,
+    _softmax_backward_fake,
+)
+register_autograd("softmax_focal_loss", _SoftmaxFocalLoss)
+register_backward("softmax_focal_loss_backward")

@@ -1,0 +1,246 @@
+"""Focal losses in plain PyTorch: the meaning of the operators, their CPU path and the oracle of their kernels.
+
+Leading axes are flattened to N rows of C classes, and blocks of n rows are worked on one after another: a block needs a
+handful of temporaries of its own size; without blocks there would be as many copies of all logits.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saccade.focal_term import focal_term, focal_term_slope, softplus
+from saccade.loss_reduction import compute_dtype, new_loss, normalized, row_blocks
+
+
+def _is_inside(label: Tensor, classes: int) -> Tensor:
+    return (label >= 0) & (label < classes)
+
+
+def _class_factor(label: Tensor, class_weight: Tensor) -> Tensor:
+    """Weight of each label; 1 for background, that is for every label outside [0, C)."""
+    classes = class_weight.shape[0]
+    weight_or_one = torch.cat([class_weight, class_weight.new_ones(1)])
+    return weight_or_one[torch.where(_is_inside(label, classes), label, classes).long()]
+
+
+def _balance(t: Tensor, alpha: float) -> Tensor | float:
+    """``alpha`` for positives, ``1 - alpha`` for negatives, in between for soft targets; 1 if alpha is negative."""
+    return 1.0 if alpha < 0 else (1 - alpha) + (2 * alpha - 1) * t
+
+
+def _entropy(p: Tensor, t: Tensor) -> Tensor:
+    """Binary cross entropy of probabilities, with logarithms clamped at -100 as torch does it."""
+    return -(t * p.log().clamp(min=-100) + (1 - t) * torch.log1p(-p).clamp(min=-100))
+
+
+def _element_loss(x: Tensor, target: Tensor, alpha: float, gamma: float, activated: bool) -> Tensor:
+    """(n, C) losses of logits, or of probabilities if ``activated``; only targets that are not bool may be soft."""
+    t = target.to(x.dtype)
+    if activated:
+        error = t * (1 - x) + (1 - t) * x
+        return _balance(t, alpha) * error**gamma * _entropy(x, t)
+    if target.dtype == torch.bool:
+        return _balance(t, alpha) * focal_term(torch.where(target, -x, x), gamma)
+    error = t * torch.sigmoid(-x) + (1 - t) * torch.sigmoid(x)
+    # A hard target takes nothing of the other side, be that infinite.
+    entropy = torch.where(t == 0, 0, t * softplus(-x)) + torch.where(t == 1, 0, (1 - t) * softplus(x))
+    return _balance(t, alpha) * error**gamma * entropy
+
+
+def _element_slope(x: Tensor, target: Tensor, alpha: float, gamma: float, activated: bool) -> Tensor:
+    """The derivative of ``_element_loss`` in ``x``."""
+    t = target.to(x.dtype)
+    if activated:
+        error = t * (1 - x) + (1 - t) * x
+        power_slope = gamma * torch.where(error > 0, error ** (gamma - 1), 0) * (1 - 2 * t)
+        entropy_slope = (x - t) / (x * (1 - x)).clamp(min=1e-12)
+        return _balance(t, alpha) * (power_slope * _entropy(x, t) + error**gamma * entropy_slope)
+    if target.dtype == torch.bool:
+        slope = focal_term_slope(torch.where(target, -x, x), gamma)
+        return _balance(t, alpha) * torch.where(target, -slope, slope)
+    limits = torch.finfo(x.dtype)
+    x = x.clamp(limits.min, limits.max)  # an infinite logit would be multiplied by a probability of 0
+    p, not_p = torch.sigmoid(x), torch.sigmoid(-x)
+    positive, negative = t * not_p, (1 - t) * p
+    error = positive + negative
+    entropy = t * softplus(-x) + (1 - t) * softplus(x)
+    # error ** (gamma - 1) may be infinite where p * not_p is 0; their product is not: p * not_p <= error.
+    ratio = torch.where(error > 0, p * not_p / error, 0)
+    return _balance(t, alpha) * error**gamma * (gamma * (1 - 2 * t) * ratio * entropy + negative - positive)
+
+
+class _Block(NamedTuple):
+    """Some rows of the arguments, made ready to compute with."""
+
+    rows: slice
+    x: Tensor  # (n, C) in the compute dtype
+    target: Tensor  # (n, C) bool or floating
+    weight: Tensor | float  # (n, C) or (n, 1)
+    class_factor: Tensor | float  # (n, 1)
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _blocks(logits: Tensor, target: Tensor, weight: Tensor | None, class_weight: Tensor | None) -> Iterator[_Block]:
+    dtype = compute_dtype(logits)
+    columns = torch.arange(logits.shape[-1], device=logits.device)
+    has_labels = target.ndim < logits.ndim
+    logits, target = _as_rows(logits), _as_rows(target[..., None] if has_labels else target)
+    weight = None if weight is None else _as_rows(weight)
+    for rows in row_blocks(logits):
+        t = target[rows]
+        yield _Block(
+            rows,
+            logits[rows].to(dtype),
+            t == columns if has_labels else t,
+            1.0 if weight is None else weight[rows].to(dtype),
+            1.0 if class_weight is None else _class_factor(t, class_weight.to(dtype)),
+        )
+
+
+def sigmoid_focal_loss(
+    logits: Tensor,  # (..., C)
+    target: Tensor,  # (...) integer, or (..., C) bool or floating
+    weight: Tensor | None,  # (..., C) or (..., 1)
+    class_weight: Tensor | None,  # (C,)
+    alpha: float,
+    gamma: float,
+    activated: bool,
+    kind: str,
+    avg_factor: Tensor | None,
+    scale: float,
+    eps: float,
+) -> Tensor:  # (..., C), or reduced
+    """See ``saccade.sigmoid_focal_loss``; the last four arguments are those of ``saccade.loss_reduction.Reduction``."""
+    output = new_loss(logits, logits.shape, kind, avg_factor)
+    total = logits.new_zeros((), dtype=compute_dtype(logits))
+    for block in _blocks(logits, target, weight, class_weight):
+        loss = _element_loss(block.x, block.target, alpha, gamma, activated) * block.class_factor * block.weight
+        if kind == "none":
+            _as_rows(output)[block.rows] = loss * scale
+        else:
+            total += loss.sum()
+    return output if kind == "none" else output.copy_(normalized(total, logits.numel(), kind, avg_factor, scale, eps))
+
+
+def sigmoid_focal_loss_backward(
+    grad_output: Tensor,  # (..., C), or reduced
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    class_weight: Tensor | None,
+    alpha: float,
+    gamma: float,
+    activated: bool,
+    kind: str,
+    avg_factor: Tensor | None,
+    scale: float,
+    eps: float,
+    needed: list[bool],  # logits, weight
+) -> tuple[Tensor, Tensor]:
+    """Gradients of logits and weight; an empty tensor for one that is not needed."""
+    grad_logits = logits.new_empty(logits.shape if needed[0] else 0)
+    grad_weight = logits.new_empty(0) if weight is None else weight.new_empty(weight.shape if needed[1] else 0)
+    grad_loss = normalized(grad_output.to(compute_dtype(logits)), logits.numel(), kind, avg_factor, scale, eps)
+    if kind == "none":
+        grad_loss = _as_rows(grad_loss)
+    for block in _blocks(logits, target, weight, class_weight):
+        grad = (grad_loss[block.rows] if kind == "none" else grad_loss) * block.class_factor
+        if needed[0]:
+            slope = _element_slope(block.x, block.target, alpha, gamma, activated)
+            _as_rows(grad_logits)[block.rows] = slope * (grad * block.weight)
+        if needed[1]:
+            rows = _as_rows(grad_weight)[block.rows]
+            rows.copy_((_element_loss(block.x, block.target, alpha, gamma, activated) * grad).sum_to_size(rows.shape))
+    return grad_logits, grad_weight
+
+
+def _log_softmax(x: Tensor) -> Tensor:
+    """Over the last axis; with infinite logits the limit, probability 1 shared among them."""
+    top = x.amax(-1, keepdim=True)
+    return torch.log_softmax(torch.where(x == top, 0, x - top), -1)
+
+
+class _LabelledBlock(NamedTuple):
+    """Some rows of the arguments of softmax focal loss, made ready to compute with."""
+
+    rows: slice
+    inside: Tensor  # (n, 1) bool: the label is a class
+    label: Tensor  # (n, 1) int64, 0 where it is not
+    factor: Tensor | float  # (n, 1) alpha times the weight of the class
+    log_p: Tensor  # (n, C) of all classes
+    log_pt: Tensor  # (n, 1) of the label
+
+
+def _labelled_blocks(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, alpha: float
+) -> Iterator[_LabelledBlock]:
+    dtype = compute_dtype(logits)
+    logits, target = _as_rows(logits), _as_rows(target[..., None])
+    classes = logits.shape[1]
+    for block in row_blocks(logits) if classes else ():
+        t = target[block]
+        inside = _is_inside(t, classes)
+        label = torch.where(inside, t, 0).long()
+        log_p = _log_softmax(logits[block].to(dtype))
+        factor = alpha if class_weight is None else alpha * _class_factor(t, class_weight.to(dtype))
+        yield _LabelledBlock(block, inside, label, factor, log_p, log_p.gather(1, label))
+
+
+def softmax_focal_loss(
+    logits: Tensor,  # (..., C)
+    target: Tensor,  # (...) integer
+    class_weight: Tensor | None,  # (C,)
+    alpha: float,
+    gamma: float,
+    kind: str,
+    avg_factor: Tensor | None,
+    scale: float,
+    eps: float,
+) -> Tensor:  # (...), or reduced
+    """See ``saccade.softmax_focal_loss``; the last four arguments are those of ``saccade.loss_reduction.Reduction``."""
+    output = new_loss(logits, target.shape, kind, avg_factor).zero_()
+    total = logits.new_zeros((), dtype=compute_dtype(logits))
+    for block in _labelled_blocks(logits, target, class_weight, alpha):
+        loss = block.factor * -block.log_pt * (-torch.expm1(block.log_pt)) ** gamma
+        loss = torch.where(block.inside, loss, 0)
+        if kind == "none":
+            _as_rows(output[..., None])[block.rows] = loss * scale
+        else:
+            total += loss.sum()
+    return output if kind == "none" else output.copy_(normalized(total, target.numel(), kind, avg_factor, scale, eps))
+
+
+def softmax_focal_loss_backward(
+    grad_output: Tensor,  # (...), or reduced
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    alpha: float,
+    gamma: float,
+    kind: str,
+    avg_factor: Tensor | None,
+    scale: float,
+    eps: float,
+) -> Tensor:  # (..., C)
+    """Gradient of the logits."""
+    grad_logits = logits.new_empty(logits.shape)
+    dtype = compute_dtype(logits)
+    grad_loss = normalized(grad_output.to(dtype), target.numel(), kind, avg_factor, scale, eps)
+    if kind == "none":
+        grad_loss = _as_rows(grad_loss[..., None])
+    for block in _labelled_blocks(logits, target, class_weight, alpha):
+        grad = grad_loss[block.rows] if kind == "none" else grad_loss
+        log_pt = block.log_pt.clamp(min=torch.finfo(dtype).min)  # minus infinity would be multiplied by p = 0
+        rest = -torch.expm1(log_pt)  # 1 - p
+        ratio = torch.where(rest > 0, log_pt.exp() * log_pt / rest, -1)  # its limit at p = 1 is -1
+        # The loss falls with the label's logit at this rate times 1 - p, and rises with any other at this rate times p.
+        rate = grad * block.factor * rest**gamma * (1 - gamma * ratio)
+        slope = (rate * block.log_p.exp()).scatter(1, block.label, -rate * rest)
+        _as_rows(grad_logits)[block.rows] = torch.where(block.inside, slope, 0).to(logits.dtype)
+    return grad_logits
