@@ -67,9 +67,7 @@ class DeformableAggregationFunction:
         /,
     ) -> Tensor:
         """``deformable_aggregation_function``, positional only."""
-        return deformable_aggregation_function(
-            mc_ms_feat, spatial_shape, scale_start_index, sampling_location, weights
-        )
+        return deformable_aggregation_function(mc_ms_feat, spatial_shape, scale_start_index, sampling_location, weights)
 
 
 def sigmoid_focal_loss(
