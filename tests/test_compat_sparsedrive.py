@@ -86,7 +86,9 @@ def test_focal_loss(device):
 def test_focal_loss_as_the_heads_call_it(device):
     criterion = FocalLoss(loss_weight=2.0)
     pred = LOGITS.to(device).requires_grad_()
-    with_negatives = criterion(pred, torch.tensor([0, -3, 2], device=device), avg_factor=torch.tensor([2.0], device=device))
+    with_negatives = criterion(
+        pred, torch.tensor([0, -3, 2], device=device), avg_factor=torch.tensor([2.0], device=device)
+    )
     assert with_negatives.shape == (1,)
     assert with_negatives.item() == pytest.approx(1.1825912104)
     masked = criterion(pred, torch.tensor([0, 3, 2], device=device), torch.tensor([True, False, True], device=device))

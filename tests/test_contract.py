@@ -1,0 +1,203 @@
+"""What every operator promises, on every case: the same tests for all of them."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cases import Case
+from cases.deformable_aggregation import CASES as DEFORMABLE_AGGREGATION
+from cases.focal_loss import CASES as FOCAL_LOSS
+from cases.gaussian_focal_loss import CASES as GAUSSIAN_FOCAL_LOSS
+from cases.gaussian_heatmap import CASES as GAUSSIAN_HEATMAP
+
+CASES = [*DEFORMABLE_AGGREGATION, *FOCAL_LOSS, *GAUSSIAN_FOCAL_LOSS, *GAUSSIAN_HEATMAP]
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def prepared(case: Case, device: str, dtype: torch.dtype) -> tuple:
+    """The case's inputs as leaves on a device, the floating point ones in a dtype, requiring grad as the case's do."""
+
+    def move(value):
+        if not isinstance(value, Tensor):
+            return value
+        moved = value.detach().to(device, dtype if value.is_floating_point() else None)
+        return moved.clone().requires_grad_(value.requires_grad)
+
+    return tuple(move(value) for value in case.inputs())
+
+
+def differentiable(inputs: tuple) -> list[Tensor]:
+    return [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+
+
+def run(case: Case, call, inputs: tuple) -> tuple[Tensor, list[Tensor]]:
+    """Result of a call and the gradients of a fixed weighted sum of it."""
+    result = call(*inputs)
+    if case.in_place:
+        result = inputs[0]
+    leaves = differentiable(inputs)
+    if not result.requires_grad:  # nothing requires grad, or an oracle found nothing to sum
+        return result, [torch.zeros_like(leaf) for leaf in leaves]
+    rng = torch.Generator().manual_seed(0)
+    seed = torch.rand(result.shape, generator=rng, dtype=torch.float64).add(0.5).to(result)
+    gradients = torch.autograd.grad(result, leaves, seed, allow_unused=True, materialize_grads=True)
+    return result.detach(), list(gradients)
+
+
+def assert_close(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    assert torch.equal(actual.isnan(), expected.isnan()), f"{what}: NaN in other places"
+    infinite = expected.isinf()
+    assert torch.equal(actual[infinite], expected[infinite]), f"{what}: infinity in other places"
+    usual = ~(infinite | expected.isnan())
+    difference, scale = (actual - expected)[usual].norm(), expected[usual].norm()
+    assert difference <= tolerance * scale, f"{what}: relative error {difference / scale:.2e} > {tolerance:.0e}"
+
+
+def assert_same(what: str, actual: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> None:
+    """Bitwise, but for the order of sums: a strided or compiled call may sum in another one."""
+    for left, right in zip([actual[0], *actual[1]], [expected[0], *expected[1]], strict=True):
+        assert left.dtype == right.dtype, what
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6, equal_nan=True, msg=lambda m: f"{what}: {m}")
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_values_and_gradients(case: Case, device: str, dtype: torch.dtype):
+    if dtype not in case.dtypes:
+        inputs = prepared(case, device, dtype)
+        with pytest.raises(TypeError):
+            case.call(*inputs)
+        return
+    inputs = prepared(case, device, dtype)
+    in_float64 = tuple(
+        value.detach().to("cpu", torch.float64).requires_grad_(value.requires_grad)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else (value.cpu() if isinstance(value, Tensor) else value)
+        for value in inputs
+    )
+    result, gradients = run(case, case.call, inputs)
+    assert case.call(*inputs) is None or case.call(*inputs).requires_grad == bool(differentiable(inputs))
+    expected, expected_gradients = run(case, case.oracle, in_float64)
+    tolerance = case.tolerances[dtype]
+    assert_close("result", result, expected, tolerance)
+    for leaf, actual, wanted in zip(differentiable(inputs), gradients, expected_gradients, strict=True):
+        assert actual.dtype == leaf.dtype
+        assert_close(f"gradient of the input of shape {tuple(leaf.shape)}", actual, wanted, tolerance)
+
+
+@each_case
+def test_inputs_are_left_alone(case: Case, device: str):
+    inputs = prepared(case, device, torch.float32)
+    before = [(value.clone(), value._version) if isinstance(value, Tensor) else (value, 0) for value in inputs]
+    run(case, case.call, inputs)
+    for position, (value, (copy, version)) in enumerate(zip(inputs, before, strict=True)):
+        if not isinstance(value, Tensor):
+            continue
+        if case.in_place and position == 0:
+            assert value._version > version, "a write in place that autograd does not see"
+        else:
+            assert value._version == version
+            assert torch.equal(value.nan_to_num(), copy.nan_to_num())
+
+
+@each_case
+def test_strides(case: Case, device: str):
+    """Inputs whose last two axes lie in memory the other way round; vectors with gaps."""
+
+    def strided(value):
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        spread = torch.stack([value.detach(), torch.full_like(value.detach(), 1)], -1)[..., 0]
+        if value.dim() > 1:
+            spread = spread.mT.clone(memory_format=torch.contiguous_format).mT
+        return spread.requires_grad_(value.requires_grad)
+
+    inputs = prepared(case, device, torch.float32)
+    expected = run(case, case.call, prepared(case, device, torch.float32))
+    rest = tuple(strided(value) for value in inputs[1:])
+    first = inputs[0] if case.in_place else strided(inputs[0])
+    assert_same("strided", run(case, case.call, (first, *rest)), expected)
+
+
+@each_case
+def test_outputs_are_written_whole(case: Case, device: str):
+    """Fresh memory is filled with NaN, so that an element left unwritten shows; and equal bits run after run."""
+    expected = run(case, case.call, prepared(case, device, torch.float32))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        first = run(case, case.call, prepared(case, device, torch.float32))
+        second = run(case, case.call, prepared(case, device, torch.float32))
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert_same("poisoned", first, expected)
+    for left, right in zip([first[0], *first[1]], [second[0], *second[1]], strict=True):
+        assert torch.equal(left.nan_to_num(), right.nan_to_num())
+
+
+class _RecordedOperators(TorchDispatchMode):
+    """Remembers every call of an operator of the library."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "saccade":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@each_case
+def test_opcheck(case: Case, device: str):
+    inputs = prepared(case, device, torch.float32)
+    with _RecordedOperators() as recorded:
+        case.call(*inputs)
+    assert recorded.calls, "the public function called no operator of the library"
+    for operator, args, kwargs in recorded.calls:
+        if differentiable(inputs):
+            assert any(isinstance(value, Tensor) and value.requires_grad for value in args), (
+                "opcheck would pass vacuously"
+            )
+        torch.library.opcheck(operator, args, kwargs)
+
+
+@each_case
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile(case: Case, device: str, dynamic: bool):
+    torch._dynamo.reset()
+    expected = run(case, case.call, prepared(case, device, torch.float32))
+    compiled = torch.compile(case.call, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    assert_same("compiled", run(case, compiled, prepared(case, device, torch.float32)), expected)
+
+
+@each_case
+def test_second_derivative_raises(case: Case, device: str):
+    inputs = prepared(case, device, torch.float32)
+    leaves = differentiable(inputs)
+    if not leaves or case.call(*inputs).numel() == 0:
+        return  # nothing to differentiate
+    gradients = torch.autograd.grad(case.call(*inputs).sum(), leaves, create_graph=True, materialize_grads=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        sum(gradient.sum() for gradient in gradients).backward()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has nothing to wait for")
+@each_case
+def test_no_synchronize(case: Case):
+    inputs = prepared(case, "cuda", torch.float32)
+    run(case, case.call, inputs)  # the first call may make what later calls keep
+    inputs = prepared(case, "cuda", torch.float32)
+    seed_shape = (inputs[0] if case.in_place else case.call(*inputs)).shape
+    seed = torch.ones(seed_shape, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = case.call(*inputs)
+        leaves = differentiable(inputs)
+        if leaves:
+            torch.autograd.grad(result, leaves, seed.to(result.dtype), allow_unused=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
