@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saccade.argument_checks import require_constant, require_number, require_real, require_same_device
+from saccade.precision import compute_dtype
 
 AVG_FACTOR_EPS = 1.1920929e-07
 """What is added to an ``avg_factor`` before dividing by it, as mmdet does: a factor of 0 does not make the loss NaN."""
@@ -60,11 +61,6 @@ def checked_reduction(
         return Reduction("mean", torch.ones((), dtype=torch.float64, device=loss.device) * avg_factor, scale, eps)
     divisor = avg_factor + eps
     return Reduction("sum", None, scale / divisor if divisor else scale * math.inf, eps)
-
-
-def compute_dtype(predictions: Tensor) -> torch.dtype:
-    """The dtype of a loss inside, and of a reduced loss: float64 for float64, else float32."""
-    return torch.float64 if predictions.dtype == torch.float64 else torch.float32
 
 
 def normalized(value: Tensor, count: int, kind: str, avg_factor: Tensor | None, scale: float, eps: float) -> Tensor:

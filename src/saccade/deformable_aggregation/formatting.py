@@ -99,8 +99,11 @@ def _to_rows(maps: Sequence[Tensor]) -> Tensor:
 def _index_tensors(cameras: tuple[tuple[int, _Sizes], ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """``spatial_shape`` and ``scale_start_index`` of groups of cameras, given as (number of cameras, sizes)."""
     # A tensor made while tracing, in inference mode or in a graph's memory pool must not outlive the call.
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or capturing:
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()
+        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    ):
         return _make_index_tensors(cameras, device)
     spatial_shape, scale_start_index = _kept_index_tensors(cameras, device)
     if spatial_shape._version or scale_start_index._version:  # somebody wrote to the kept tensors

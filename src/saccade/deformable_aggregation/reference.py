@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.precision import compute_dtype
+
 
 class _Samples(NamedTuple):
     """The corners that the M considered points of one sample touch, row by row from the top left."""
@@ -21,11 +23,6 @@ class _Samples(NamedTuple):
     inside: Tensor  # (M, L, 4) bool: the point is visible and the corner lies in its map and in the features
     share: Tensor  # (M, L, 2) how far the point lies beyond the top left corner, (x, y) in [0, 1)
     bilinear: Tensor  # (M, L, 4)
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is float64, else float32: half-precision inputs are summed in float32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def _every_index(tensor: Tensor) -> tuple[Tensor, ...]:

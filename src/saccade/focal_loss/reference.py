@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from saccade.focal_term import focal_term, focal_term_slope, softplus
-from saccade.loss_reduction import compute_dtype, new_loss, normalized, row_blocks
+from saccade.loss_reduction import new_loss, normalized, row_blocks
+from saccade.precision import compute_dtype
 
 
 def _is_inside(label: Tensor, classes: int) -> Tensor:

@@ -14,7 +14,8 @@ from saccade.argument_checks import (
     require_same_device,
 )
 from saccade.gaussian_focal_loss import reference
-from saccade.loss_reduction import AVG_FACTOR_EPS, Reduction, checked_reduction, compute_dtype, new_loss
+from saccade.loss_reduction import AVG_FACTOR_EPS, Reduction, checked_reduction, new_loss
+from saccade.precision import compute_dtype
 from saccade.registration import below_autograd, register, register_autograd, register_backward
 
 

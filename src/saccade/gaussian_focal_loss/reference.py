@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from saccade.focal_term import focal_term, focal_term_slope
-from saccade.loss_reduction import compute_dtype, new_loss, normalized, row_blocks
+from saccade.loss_reduction import new_loss, normalized, row_blocks
+from saccade.precision import compute_dtype
 
 # Added to probabilities before taking logarithms, as in the loss's original form. Logits need no such thing.
 LOG_EPS = 1e-12

@@ -1,0 +1,9 @@
+"""In which precision the operators compute."""
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(*inputs: Tensor) -> torch.dtype:
+    """float64 if any input is float64, else float32: half-precision inputs are summed in float32 and rounded once."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in inputs) else torch.float32

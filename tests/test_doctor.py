@@ -1,0 +1,117 @@
+"""``saccade doctor``: what it says, and that it notices a wrong operator."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_layout import OPERATORS
+
+import saccade
+from saccade import doctor
+
+
+def test_a_sound_installation(capsys):
+    assert doctor.main([]) == 0
+    report = capsys.readouterr().out
+    for word in ("saccade", "torch", "triton", "Python", "cpu", "C compiler", "Python headers", saccade.__version__):
+        assert word in report
+    lines = [line.split() for line in report.splitlines()]
+    for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+        for operator in OPERATORS:
+            assert [operator, device, doctor.backend(operator, device.split(":")[0]), "ok"] in lines
+
+
+def test_every_operator_is_checked():
+    assert list(doctor.CHECKS) == OPERATORS
+
+
+@pytest.mark.parametrize(
+    ("operator", "function"),
+    [
+        ("deformable_aggregation", "deformable_aggregation"),
+        ("focal_loss", "softmax_focal_loss"),
+        ("gaussian_focal_loss", "gaussian_focal_loss_with_logits"),
+    ],
+)
+def test_an_operator_that_differs(monkeypatch, capsys, operator, function):
+    right = getattr(saccade, function)
+
+    def slightly_wrong_in_float32(*args, **kwargs):
+        result = right(*args, **kwargs)
+        return result * 1.001 if result.dtype == torch.float32 else result
+
+    monkeypatch.setattr(saccade, function, slightly_wrong_in_float32)
+    assert doctor.main([]) == 1
+    report = capsys.readouterr().out
+    (line,) = [line for line in report.splitlines() if line.startswith(f"{operator} ") and " cpu " in line]
+    assert "differs from the reference: relative error 1.0e-03" in line
+    assert "checks failed" in report
+
+
+def test_an_operator_that_raises(monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no kernel image is available\nfor execution on the device")
+
+    monkeypatch.setattr(saccade, "draw_heatmap", broken)
+    assert doctor.main([]) == 1
+    assert "RuntimeError: no kernel image is available\n" in capsys.readouterr().out
+
+
+def test_an_operator_that_gives_not_a_number(monkeypatch):
+    right = saccade.gaussian_focal_loss
+    monkeypatch.setattr(saccade, "gaussian_focal_loss", lambda *a, **k: right(*a, **k) * float("nan"))
+    assert "differs" in (doctor.check("gaussian_focal_loss", "cpu") or "")
+
+
+def test_missing_toolchain_is_named_with_its_cure(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": "/nonexistent"})
+    doctor.main([])
+    report = capsys.readouterr().out
+    assert "apt-get install gcc" in report
+    assert "apt-get install python3-dev" in report
+
+
+def test_from_the_command_line_without_the_extras(tmp_path):
+    """As with torch alone installed: importing anything of the demo extra fails."""
+    for name in ("typer", "rich", "matplotlib", "scipy", "PIL", "numpy"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('hidden', name={name!r})")
+    source = str(Path(saccade.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), source])}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-W", "ignore", "-m", "saccade", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    done = run("doctor")
+    assert done.returncode == 0, done.stderr
+    assert "deformable_aggregation" in done.stdout
+    done = run("demo")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "pip install 'saccade[demo]'" in done.stderr
+
+
+def test_debug_checks_nest_and_restore():
+    from saccade.debug import debug_checks_enabled
+
+    before = debug_checks_enabled()
+    with saccade.debug_checks(True):
+        assert debug_checks_enabled()
+        with saccade.debug_checks(False):
+            assert not debug_checks_enabled()
+        assert debug_checks_enabled()
+    assert debug_checks_enabled() == before
+
+
+@pytest.mark.parametrize(("value", "enabled"), [("1", True), ("0", False), ("", False)])
+def test_debug_checks_by_environment_variable(value, enabled):
+    script = "from saccade.debug import debug_checks_enabled; print(debug_checks_enabled())"
+    source = str(Path(saccade.__file__).parents[1])
+    environment = os.environ | {"SACCADE_DEBUG": value, "PYTHONPATH": source}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(enabled)
