@@ -175,6 +175,19 @@ def test_compile(case: Case, device: str, dynamic: bool):
 
 
 @each_case
+def test_export(case: Case, device: str):
+    class Module(torch.nn.Module):
+        def forward(self, *inputs):
+            result = case.call(*inputs)
+            return inputs[0].clone() if case.in_place else result
+
+    inputs = tuple(v.detach() if isinstance(v, Tensor) else v for v in prepared(case, device, torch.float32))
+    expected = Module()(*(value.clone() if isinstance(value, Tensor) else value for value in inputs))
+    exported = torch.export.export(Module(), inputs)
+    torch.testing.assert_close(exported.module()(*inputs), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@each_case
 def test_second_derivative_raises(case: Case, device: str):
     inputs = prepared(case, device, torch.float32)
     leaves = differentiable(inputs)

@@ -205,8 +205,11 @@ def test_rows_that_do_not_exist_count_as_zero_on_a_gpu():
 
 def test_memory_at_the_size_of_a_real_detector():
     """900 anchors x 13 points x 6 cameras x 4 levels x 256 channels: at most 1.5 GB beyond inputs and gradients."""
-    script = """
-import resource, torch, saccade
+    script = r"""
+import re, torch, saccade
+from pathlib import Path
+def peak():  # of this process alone: what getrusage says includes the peak of the process that started it
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 shape = torch.tensor([[(256 // s, 704 // s) for s in (4, 8, 16, 32)]] * 6)
 area = shape.prod(-1).flatten()
 start = (area.cumsum(0) - area).view(6, 4)
@@ -214,10 +217,9 @@ rows = torch.rand(1, int(area.sum()), 256, requires_grad=True)
 location = torch.rand(1, 900, 13, 6, 2, requires_grad=True)  # every point in every camera: six times what a rig sees
 weights = torch.rand(1, 900, 13, 6, 4, 8, requires_grad=True)
 gradients = sum(t.numel() * 4 for t in (rows, location, weights))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
 saccade.deformable_aggregation(rows, shape, start, location, weights).sum().backward()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print((peak - before - gradients) / 1e9)
+print((peak() - before - gradients) / 1e9)
 """
     done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1.5
@@ -337,6 +339,23 @@ def test_index_tensors_are_kept_and_survive_bad_neighbours(device):
     assert saccade.feature_maps_format(maps)[2].tolist() == [[0], [20]]
 
 
+def test_kept_tensors_do_not_come_from_a_trace(device):
+    """What a fake, functional or captured call made must not be handed to the next one."""
+    from torch._subclasses import FakeTensorMode
+
+    def index_tensors():
+        return saccade.feature_maps_format([torch.rand(1, 2, 3, 7, 11, device=device)])[1:]
+
+    with FakeTensorMode():
+        index_tensors()
+    torch.func.functionalize(index_tensors)()
+    torch.fx.experimental.proxy_tensor.make_fx(index_tensors, tracing_mode="fake")()
+    for tensor in index_tensors():
+        assert type(tensor) is torch.Tensor
+        assert not torch._is_functional_tensor(tensor)
+    assert index_tensors()[1].tolist() == [[0], [77]]
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_format_compiles(device, dynamic):
     torch._dynamo.reset()
@@ -392,9 +411,24 @@ def test_format_errors(maps, error, message):
         saccade.feature_maps_format(maps)
 
 
+def test_meta_tensors_give_shapes():
+    inputs = [value.detach().to("meta") for value in make([[(6, 8)]], batch=2, anchors=5, channels=4)]
+    assert saccade.deformable_aggregation(*inputs).shape == (2, 5, 4)
+
+
+def test_absurd_sizes_raise_on_the_cpu():
+    features, shape, start, location, weights = make([[(4, 4)]])
+    for side in (2**32, 2**62):
+        shape = torch.full_like(shape, side)
+        with pytest.raises(ValueError, match=rf"{side} x {side} pixels"):
+            saccade.deformable_aggregation(features, shape, start, location, weights)
+
+
 def test_inverse_errors():
     rows, shape, start = saccade.feature_maps_format([torch.rand(1, 1, 2, 3, 3)])
     with pytest.raises(ValueError, match="inverse=True"):
         saccade.feature_maps_format([rows, shape], inverse=True)
     with pytest.raises(ValueError, match="add up to the 8 rows, got 9 pixels"):
         saccade.feature_maps_format([rows[:, 1:], shape, start], inverse=True)
+    with pytest.raises(ValueError, match="add up"):
+        saccade.feature_maps_format([rows, -shape, start], inverse=True)

@@ -323,3 +323,16 @@ def test_clip_must_lie_between_zero_and_a_half(clip):
 
 def test_predictions_outside_the_unit_interval_are_no_error():
     assert gaussian_focal_loss(torch.tensor([1.5]), torch.tensor([0.0])).isnan()
+
+
+@pytest.mark.parametrize("p", [1e-4, 1e-6, 1e-7, 1e-8, 1e-10])
+@pytest.mark.parametrize("positive", [True, False])
+def test_small_probabilities_do_not_cancel_in_float32(device, p, positive):
+    """``1 - (1 - p)`` would be off by percents at 1e-6 and by half at 1e-8."""
+    target = torch.tensor([1.0 if positive else 0.0], device=device)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        pred = torch.tensor([torch.tensor(p).item()], dtype=dtype, device=device, requires_grad=True)
+        loss = gaussian_focal_loss(pred, target.to(dtype), reduction="sum")
+        results.append((loss.item(), *torch.autograd.grad(loss, pred)[0].tolist()))
+    assert results[0] == pytest.approx(results[1], rel=1e-5)

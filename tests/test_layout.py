@@ -10,7 +10,7 @@ import pytest
 import saccade
 
 PACKAGE = Path(saccade.__file__).parent
-OPERATORS = ["deformable_aggregation", "focal_loss", "gaussian_focal_loss", "gaussian_heatmap"]
+OPERATORS = sorted(path.parent.name for path in PACKAGE.glob("*/api.py"))
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -101,6 +101,50 @@ def test_projection_by_hand(device):
     assert not ((fractions[0, 1, 0, 0] > 0) & (fractions[0, 1, 0, 0] < 1)).all(), "a point behind the camera is seen"
 
 
+def test_geometry_stays_in_float32_under_autocast(device):
+    """Half precision would move anchors by decimetres, without a trace in the dtype."""
+    rng = torch.Generator().manual_seed(0)
+    anchor = (torch.randn(2, 5, 11, generator=rng) * 30).to(device)
+    anchor[..., 3:6] = 0
+    points = torch.randn(2, 5, 8, generator=rng).to(device) * 30
+    matrix = torch.randn(2, 4, 4, generator=rng).to(device)
+    now, before = torch.ones(2, device=device), torch.zeros(2, device=device)
+    box = SparseBox3DKeyPointsGenerator(fix_scale=FIXED).to(device)
+    polyline = SparsePoint3DKeyPointsGenerator(num_sample=4, num_learnable_pts=1).to(device)
+
+    def moved():
+        return [
+            box(anchor, None, [matrix], now, [before])[1][0],
+            *box.anchor_projection(anchor, [matrix], now, [before]),
+            *polyline.anchor_projection(points, [matrix]),
+        ]
+
+    expected = moved()
+    with torch.autocast(device, torch.bfloat16):
+        actual = moved()
+    assert all(torch.equal(left, right) for left, right in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_grid_sample_path_samples_half_precision_maps_where_it_should(device, dtype):
+    feature_map = torch.rand(1, 2, 4, 64, 176, device=device).to(dtype)
+    points = torch.tensor([12.0, 0, 0], device=device) + torch.rand(1, 50, 3, 3, device=device)
+    metas = camera_metas(1, device)
+    sampled = DeformableFeatureAggregation.feature_sampling([feature_map], points, **metas)
+    exact = DeformableFeatureAggregation.feature_sampling([feature_map.double()], points.double(), **metas)
+    assert sampled.dtype == dtype
+    assert (sampled.double() - exact).abs().max() < 0.01
+
+
+def test_heights_can_be_filled_after_creation_on_the_meta_device():
+    with torch.device("meta"):
+        generator = SparsePoint3DKeyPointsGenerator(
+            4, num_sample=2, num_learnable_pts=1, fix_height=(0, 1), ground_height=-2
+        )
+    generator.to_empty(device="cpu").init_weight()
+    assert generator.heights.tolist() == [-2, -1]
+
+
 def test_projection_stays_in_float32_under_autocast(device):
     points, metas = torch.rand(1, 3, 2, 3, device=device) + 5, camera_metas(1, device)
     expected = DeformableFeatureAggregation.project_points(points, **metas)
@@ -274,6 +318,9 @@ def test_point_key_points_by_hand():
         (dict(embed_dims=30), ValueError, "embed_dims: expected a multiple of num_groups=8, got 30"),
         (dict(attn_drop=1.0), ValueError, "attn_drop"),
         (dict(residual_mode="sum"), ValueError, "residual_mode"),
+        (dict(num_groups=0), ValueError, "num_groups: expected at least 1, got 0"),
+        (dict(kps_generator=torch.nn.Identity()), TypeError, "kps_generator: expected a dict .* got Identity"),
+        (dict(kps_generator=dict(num_learnable_pts=-1)), ValueError, "num_learnable_pts: expected at least 0, got -1"),
         (dict(kps_generator=None), ValueError, "kps_generator"),
         (dict(kps_generator=dict(type="Ring")), ValueError, "kps_generator.*'Ring'"),
         (dict(temporal_fusion_module=dict(type="X")), NotImplementedError, "temporal_fusion_module"),
@@ -295,6 +342,18 @@ def test_forward_errors():
         module(feature, anchor, embed, maps, metas | {"image_wh": metas["image_wh"][:1]})
     with pytest.raises(ValueError, match="anchor_embed"):
         module(feature, anchor, embed[:, :3], maps, metas)
+    with pytest.raises(TypeError, match=r"projection_mat.*got list"):
+        module(feature, anchor, embed, maps, {"projection_mat": [[1.0]]})
+    with pytest.raises(TypeError, match=r"anchor: expected a torch\.Tensor"):
+        module(feature, anchor.tolist(), embed, maps, metas)
+    with pytest.raises(ValueError, match=r"anchor: expected at least 8 numbers for a box, got 7"):
+        module(feature, anchor[..., :7], embed, maps, metas)
+    with pytest.raises(ValueError, match=r"expected 2 maps .*use_deformable_func=False"):
+        module(feature, anchor, embed, maps[:1], metas)
+    with pytest.raises(ValueError, match=r"expected 2 maps .*use_deformable_func=False"):
+        module(feature, anchor, embed, saccade.feature_maps_format(maps), metas)
+    with pytest.raises(ValueError, match=r"feature_maps\[1\]: .*N=2"):
+        module(feature, anchor, embed, [maps[0], maps[1][:, :1]], metas)
     module.use_deformable_func = True
     with pytest.raises(ValueError, match="feature_maps_format"):
         module(feature, anchor, embed, maps, metas)

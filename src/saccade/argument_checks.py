@@ -5,6 +5,7 @@ one would wait for the GPU.
 """
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -74,14 +75,19 @@ def require_same_device(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: expected device {first.device}, that of {first_name}, got {tensor.device}")
 
 
-def require_number(name: str, value: Any, *, minimum: float = -math.inf, above: float = -math.inf) -> None:
-    """Raise unless ``value`` is a finite Python number, at least ``minimum`` and greater than ``above``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+def require_number(name: str, value: Any, *, minimum: float = -math.inf, above: float = -math.inf) -> float:
+    """Raise unless ``value`` is a finite number >= ``minimum`` and > ``above``; return it as a number of Python's."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got bool")
+    if not isinstance(value, (int, float)):
+        if not isinstance(value, numbers.Real):  # which NumPy's scalars are, but tensors are not
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        value = float(value)
     # Not math.isfinite: torch.compile may hand over a symbolic number.
     if not (-math.inf < value < math.inf and value >= minimum and value > above):
         bound = f" > {above:g}" if above > -math.inf else f" >= {minimum:g}" if minimum > -math.inf else ""
         raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
+    return value
 
 
 def require_real(name: str, value: Any) -> None:

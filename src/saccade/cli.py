@@ -1,6 +1,7 @@
 """The command line, for those who installed the `demo` extra: `saccade demo`.
 
-`saccade doctor` works with torch alone installed and is therefore dispatched in `saccade.__main__`; it is named here for the help page.
+`saccade doctor` works with torch alone installed and is therefore dispatched in `saccade.__main__`; it is named here
+for the help page.
 """
 
 import json
@@ -32,9 +33,7 @@ class _BareAmp(TyperCommand):
 
 @app.command(cls=_BareAmp)
 def demo(
-    steps: Annotated[
-        int | None, typer.Option(help="Training steps; by default 700, or 500 with --frame.", show_default=False)
-    ] = None,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 600,
     seed: Annotated[int, typer.Option(help="Of scenes and weights.", min=0)] = 0,
     frame: Annotated[
         Path | None,

@@ -53,7 +53,7 @@ def checked_reduction(
             raise ValueError(f"avg_factor: expected one element, got shape {tuple(avg_factor.shape)}")
         require_same_device(**losses, avg_factor=avg_factor)
         return Reduction("mean", avg_factor, scale, eps)
-    require_number("avg_factor", avg_factor)
+    avg_factor = require_number("avg_factor", avg_factor)
     if torch.compiler.is_compiling():
         # The compiler would bake a number into its graph, and compile anew for the next one. Of all that makes a tensor
         # of it, a product is what keeps it variable.

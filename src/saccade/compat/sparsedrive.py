@@ -11,6 +11,7 @@ Example:
     tensor(2.5127)
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ def deformable_aggregation_function(
     weights: Tensor,
 ) -> Tensor:
     """``saccade.deformable_aggregation`` with the originals' dtypes: everything in float32, under autocast too."""
-    with torch.autocast(feature_maps.device.type, enabled=False):
+    kind = feature_maps.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         return saccade.deformable_aggregation(
             feature_maps.float(), spatial_shape, scale_start_index, sampling_location.float(), weights.float()
         )

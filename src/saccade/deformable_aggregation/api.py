@@ -1,5 +1,6 @@
-"""The public functions: ``deformable_aggregation`` and ``feature_maps_format``."""
+"""The public function ``deformable_aggregation``."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,9 +81,13 @@ def deformable_aggregation(
         sampling_location=sampling_location,
         weights=weights,
     )
-    device_type = feature_maps.device.type
-    if torch.is_autocast_enabled(device_type) and feature_maps.dtype != torch.float64:
-        feature_maps = feature_maps.to(torch.get_autocast_dtype(device_type))
+    kind = feature_maps.device.type
+    if (
+        feature_maps.dtype != torch.float64
+        and torch.amp.is_autocast_available(kind)
+        and torch.is_autocast_enabled(kind)
+    ):
+        feature_maps = feature_maps.to(torch.get_autocast_dtype(kind))
     return torch.ops.saccade.deformable_aggregation(
         feature_maps, spatial_shape, scale_start_index, sampling_location, weights
     )
@@ -93,7 +98,9 @@ def _check_maps(feature_maps: Tensor, spatial_shape: Tensor, scale_start_index: 
     height, width = spatial_shape.long().unbind(-1)
     start = scale_start_index.long()
     pixels = feature_maps.shape[1]
-    outside = ((start < 0) | (start + height * width > pixels)) & (height > 0) & (width > 0)
+    # Sides first: the area of a map with absurd ones overflows.
+    outside = (start < 0) | (start > pixels) | (height > pixels) | (width > pixels) | (start + height * width > pixels)
+    outside &= (height > 0) & (width > 0)
     if outside.any():
         camera, level = outside.nonzero()[0].tolist()
         raise ValueError(
@@ -101,6 +108,16 @@ def _check_maps(feature_maps: Tensor, spatial_shape: Tensor, scale_start_index: 
             f"{height[camera, level]} x {width[camera, level]} pixels at row {start[camera, level]} "
             f"(camera {camera}, level {level})"
         )
+
+
+def _gradients(
+    inputs: tuple[Tensor, Tensor, Tensor], needed: list[bool], make: Callable[[Tensor, Any], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients of features, locations and weights; an empty tensor for one that is not needed."""
+    features, location, weights = (
+        make(tensor, tensor.shape if need else 0) for tensor, need in zip(inputs, needed, strict=True)
+    )
+    return features, location, weights
 
 
 def _is_empty(feature_maps: Tensor, weights: Tensor) -> bool:
@@ -134,10 +151,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _is_empty(feature_maps, weights):
         inputs = (feature_maps, sampling_location, weights)
-        features, location, weight = (
-            tensor.new_zeros(tensor.shape if need else 0) for tensor, need in zip(inputs, needed, strict=True)
-        )
-        return features, location, weight
+        return _gradients(inputs, needed, Tensor.new_zeros)
     return reference.deformable_aggregation_backward(
         grad_output, feature_maps, spatial_shape, scale_start_index, sampling_location, weights, needed
     )
@@ -152,11 +166,7 @@ def _backward_fake(
     weights: Tensor,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (feature_maps, sampling_location, weights)
-    features, location, weight = (
-        tensor.new_empty(tensor.shape if need else 0) for tensor, need in zip(inputs, needed, strict=True)
-    )
-    return features, location, weight
+    return _gradients((feature_maps, sampling_location, weights), needed, Tensor.new_empty)
 
 
 class _DeformableAggregation(Function):

@@ -1,7 +1,6 @@
 """``feature_maps_format``: between a backbone's list of maps and the rows that ``deformable_aggregation`` reads."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -10,10 +9,17 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from saccade.argument_checks import require_floating, require_integer, require_shape
+from saccade.caching import may_be_kept
 
 _Sizes = tuple[tuple[int, int], ...]  # (height, width) of each of the L maps of a camera
 
-# Sizes of the spatial_shape tensors made here, with the tensor's version: formatting back then need not ask the device.
+_Cameras = tuple[tuple[int, _Sizes], ...]  # groups of cameras of equal sizes: how many, and their sizes
+
+# Index tensors by sizes, device and stream. A training run has few sizes, one with many need not keep them all.
+_kept: dict[Any, tuple[Tensor, Tensor]] = {}
+_MOST_KEPT = 256
+
+# Sizes of the spatial_shape tensors that were kept: formatting back need not ask the device for them.
 _host_sizes = WeakTensorKeyDictionary()
 
 
@@ -39,8 +45,8 @@ def feature_maps_format(feature_maps: Any, inverse: bool = False) -> Any:
         TypeError: Something in the list is no floating point tensor.
         ValueError: Empty list, maps or groups that disagree, or with ``inverse`` sizes that do not add up to S.
 
-    Formatting back needs the sizes on the host: from a GPU's ``spatial_shape`` that this function did not make, this
-    waits for the device once. Otherwise nothing here waits.
+    Formatting back needs the sizes on the host: from a GPU's ``spatial_shape`` that this function did not make, or made
+    in inference mode, it waits for the device once, and ``torch.compile`` cannot trace it. Otherwise nothing waits.
 
     Example:
         >>> import torch, saccade
@@ -62,7 +68,7 @@ def feature_maps_format(feature_maps: Any, inverse: bool = False) -> Any:
     cameras = tuple(
         (maps[0].shape[1], tuple((feature.shape[3], feature.shape[4]) for feature in maps)) for maps in groups
     )
-    return [rows, *_index_tensors(cameras, rows.device)]
+    return [rows, *_index_tensors(cameras, rows)]
 
 
 def _describe(value: Any) -> str:
@@ -96,24 +102,24 @@ def _to_rows(maps: Sequence[Tensor]) -> Tensor:
     return torch.cat([feature.permute(0, 1, 3, 4, 2).flatten(2, 3) for feature in maps], 2).flatten(1, 2)
 
 
-def _index_tensors(cameras: tuple[tuple[int, _Sizes], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """``spatial_shape`` and ``scale_start_index`` of groups of cameras, given as (number of cameras, sizes)."""
-    # A tensor made while tracing, in inference mode or in a graph's memory pool must not outlive the call.
-    if (
-        torch.compiler.is_compiling()
-        or torch.is_inference_mode_enabled()
-        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-    ):
-        return _make_index_tensors(cameras, device)
-    spatial_shape, scale_start_index = _kept_index_tensors(cameras, device)
-    if spatial_shape._version or scale_start_index._version:  # somebody wrote to the kept tensors
-        _kept_index_tensors.cache_clear()
-        spatial_shape, scale_start_index = _kept_index_tensors(cameras, device)
-    _host_sizes[spatial_shape] = cameras
-    return spatial_shape, scale_start_index
+def _index_tensors(cameras: _Cameras, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``spatial_shape`` and ``scale_start_index`` for feature rows, kept from an earlier call where that can be."""
+    if not may_be_kept(rows):
+        return _make_index_tensors(cameras, rows.device)
+    # Kept apart for each stream: what one stream has yet to fill, another must not read.
+    stream = torch.cuda.current_stream(rows.device).cuda_stream if rows.is_cuda else None
+    key = (cameras, rows.device, stream)
+    tensors = _kept.pop(key, None)
+    if tensors is None or any(tensor._version for tensor in tensors):  # none yet, or somebody wrote to them
+        tensors = _make_index_tensors(cameras, rows.device)
+        _host_sizes[tensors[0]] = cameras
+        if len(_kept) == _MOST_KEPT:
+            del _kept[next(iter(_kept))]
+    _kept[key] = tensors  # last in line to be dropped
+    return tensors
 
 
-def _make_index_tensors(cameras: tuple[tuple[int, _Sizes], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _make_index_tensors(cameras: _Cameras, device: torch.device) -> tuple[Tensor, Tensor]:
     shapes, starts, base = [], [], 0
     for number, sizes in cameras:
         pixels = sum(height * width for height, width in sizes)
@@ -125,9 +131,6 @@ def _make_index_tensors(cameras: tuple[tuple[int, _Sizes], ...], device: torch.d
         starts.append(base + camera * pixels + areas.cumsum(1) - areas)
         base += number * pixels
     return torch.cat(shapes), torch.cat(starts)
-
-
-_kept_index_tensors = lru_cache(maxsize=256)(_make_index_tensors)
 
 
 def _to_maps(triple: Any) -> list[list[Tensor]]:
@@ -144,7 +147,7 @@ def _to_maps(triple: Any) -> list[list[Tensor]]:
     else:
         cameras = [tuple((height, width) for height, width in sizes) for sizes in spatial_shape.tolist()]
     total = sum(height * width for sizes in cameras for height, width in sizes)
-    if total != pixels:
+    if total != pixels or any(side < 0 for sizes in cameras for size in sizes for side in size):
         raise ValueError(f"feature_maps[1]: expected sizes that add up to the {pixels} rows, got {total} pixels")
     groups, base = [], 0
     for sizes, run in groupby(cameras):

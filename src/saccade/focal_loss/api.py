@@ -114,10 +114,10 @@ def scaled_sigmoid_focal_loss(
             raise ValueError("class_weight: expected None with a dense target, got one")
     if weight is not None:
         weight = _element_weight(logits, weight)
-    require_number("alpha", alpha)
+    alpha = require_number("alpha", alpha)
     if alpha > 1:
         raise ValueError(f"alpha: expected a number in [0, 1], or a negative one for no balancing, got {alpha}")
-    require_number("gamma", gamma, minimum=0)
+    gamma = require_number("gamma", gamma, minimum=0)
     require_same_device(logits=logits, target=target, weight=weight, class_weight=class_weight)
     how = checked_reduction(reduction, avg_factor, scale=scale, eps=avg_factor_eps, logits=logits)
     return torch.ops.saccade.sigmoid_focal_loss(logits, target, weight, class_weight, alpha, gamma, activated, *how)
@@ -171,10 +171,10 @@ def softmax_focal_loss(
     classes = _require_logits(logits)
     _require_labels(logits, target)
     _require_class_weight(class_weight, classes)
-    require_number("alpha", alpha, minimum=0)
+    alpha = require_number("alpha", alpha, minimum=0)
     if alpha > 1:
         raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
-    require_number("gamma", gamma, minimum=0)
+    gamma = require_number("gamma", gamma, minimum=0)
     require_same_device(logits=logits, target=target, class_weight=class_weight)
     how = checked_reduction(reduction, avg_factor, logits=logits)
     return torch.ops.saccade.softmax_focal_loss(logits, target, class_weight, alpha, gamma, *how)

@@ -168,12 +168,12 @@ def scaled_gaussian_focal_loss(
     if weight is not None:
         require_real("weight", weight)
         _require_broadcast(name, pred, weight)
-    require_number("alpha", alpha, minimum=0)
-    require_number("gamma", gamma, minimum=0)
-    require_number("pos_weight", pos_weight)
-    require_number("neg_weight", neg_weight)
+    alpha = require_number("alpha", alpha, minimum=0)
+    gamma = require_number("gamma", gamma, minimum=0)
+    pos_weight = require_number("pos_weight", pos_weight)
+    neg_weight = require_number("neg_weight", neg_weight)
     if clip is not None:
-        require_number("clip", clip, above=0)
+        clip = require_number("clip", clip, above=0)
         if clip >= 0.5:
             raise ValueError(f"clip: expected a number between 0 and 0.5, got {clip}")
     require_same_device(**{name: pred}, target=target, weight=weight)

@@ -27,8 +27,18 @@ def _element_loss(pred: Tensor, positive: Tensor, alpha: float, bound: float | N
     if with_logits:
         z = torch.where(positive, -pred, pred)
         return focal_term(z if bound is None else z.clamp(-bound, bound), alpha)
-    error = torch.where(positive, 1 - pred, pred)
-    return -(1 - error + LOG_EPS).log() * error**alpha
+    error, _, log_rest = _error_and_rest(pred, positive)
+    return -log_rest * error**alpha
+
+
+def _error_and_rest(pred: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How wrong probabilities are; the probability of the right answer plus ``LOG_EPS``; its logarithm.
+
+    Each from ``pred`` itself: ``1 - (1 - pred)`` would cancel, as would ``log(1 - pred)`` of a small one.
+    """
+    opposite = 1 - pred
+    error, rest = torch.where(positive, opposite, pred), torch.where(positive, pred, opposite) + LOG_EPS
+    return error, rest, torch.where(positive | (pred > 0.5), rest.log(), torch.log1p(LOG_EPS - pred))
 
 
 def _element_slope(pred: Tensor, positive: Tensor, alpha: float, bound: float | None, with_logits: bool) -> Tensor:
@@ -37,11 +47,10 @@ def _element_slope(pred: Tensor, positive: Tensor, alpha: float, bound: float | 
         slope = focal_term_slope(torch.where(positive, -pred, pred), alpha)
         slope = slope if bound is None else torch.where(pred.abs() > bound, 0, slope)
     else:
-        error = torch.where(positive, 1 - pred, pred)
-        rest = 1 - error + LOG_EPS
+        error, rest, log_rest = _error_and_rest(pred, positive)
         # Where nothing is wrong the loss is flat; the power alone is infinite there if alpha < 1.
         power_slope = alpha * torch.where(error == 0, 0, error ** (alpha - 1))
-        slope = error**alpha / rest - power_slope * rest.log()
+        slope = error**alpha / rest - power_slope * log_rest
     return torch.where(positive, -slope, slope)
 
 

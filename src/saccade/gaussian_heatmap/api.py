@@ -71,8 +71,8 @@ def draw_heatmap(
     require_shape("radii", radii, "M", M=targets)
     require_shape("heatmap_idxes", heatmap_idxes, "M", M=targets)
     require_same_device(heatmaps=heatmaps, centers=centers, radii=radii, heatmap_idxes=heatmap_idxes)
-    require_number("diameter_to_sigma_factor", diameter_to_sigma_factor, above=0)
-    require_number("k_scale", k_scale)
+    diameter_to_sigma_factor = require_number("diameter_to_sigma_factor", diameter_to_sigma_factor, above=0)
+    k_scale = _require_k_scale(k_scale, heatmaps)
     torch.ops.saccade.draw_heatmap(heatmaps, centers, radii, heatmap_idxes, diameter_to_sigma_factor, k_scale)
 
 
@@ -137,8 +137,8 @@ def draw_heatmap_batched(
     if labels is not None:
         require_shape("labels", labels, "B M", B=batch, M=slots)
     require_same_device(heatmap=heatmap, centers=centers, radii=radii, counts=sizes, labels=labels)
-    require_number("diameter_to_sigma_factor", diameter_to_sigma_factor, above=0)
-    require_number("k_scale", k_scale)
+    diameter_to_sigma_factor = require_number("diameter_to_sigma_factor", diameter_to_sigma_factor, above=0)
+    k_scale = _require_k_scale(k_scale, heatmap)
     torch.ops.saccade.draw_heatmap_batched(heatmap, centers, radii, sizes, labels, diameter_to_sigma_factor, k_scale)
 
 
@@ -150,6 +150,14 @@ def _require_heatmap(name: str, heatmap: Any) -> None:
         raise InvalidStateError(f"{name}: expected a tensor that does not require grad, as it is written in place")
     if not heatmap.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {heatmap.stride()}")
+
+
+def _require_k_scale(k_scale: Any, heatmap: Tensor) -> float:
+    """Check the height of peaks: finite, also in the dtype of the map."""
+    k_scale = require_number("k_scale", k_scale)
+    if abs(k_scale) > torch.finfo(heatmap.dtype).max:
+        raise ValueError(f"k_scale: expected a finite number in {heatmap.dtype}, got {k_scale}")
+    return k_scale
 
 
 def _is_ragged(value: Any) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saccade.argument_checks import require_number, require_real
+from saccade.precision import compute_dtype
 
 
 def gaussian_radius(det_size: Any, min_overlap: float, *, convention: Literal["mmdet", "mmdet3d"]) -> Any:
@@ -39,7 +40,7 @@ def gaussian_radius(det_size: Any, min_overlap: float, *, convention: Literal["m
     """
     if convention not in ("mmdet", "mmdet3d"):
         raise ValueError(f"convention: expected 'mmdet' or 'mmdet3d', got {convention!r}")
-    require_number("min_overlap", min_overlap, above=0)
+    min_overlap = require_number("min_overlap", min_overlap, above=0)
     if min_overlap > 1:
         raise ValueError(f"min_overlap: expected a number in (0, 1], got {min_overlap}")
     if not isinstance(det_size, (tuple, list)) or len(det_size) != 2:
@@ -53,7 +54,7 @@ def gaussian_radius(det_size: Any, min_overlap: float, *, convention: Literal["m
     tensors = [size for size in det_size if isinstance(size, Tensor)]
     if not tensors:
         return max(0.0, _radius(float(height), float(width), min_overlap, convention, math.sqrt))
-    dtype = torch.float64 if any(size.dtype == torch.float64 for size in tensors) else torch.float32
+    dtype = compute_dtype(*tensors)
     height, width = (size.to(dtype).clamp(min=0) if isinstance(size, Tensor) else size for size in det_size)
     return _radius(height, width, min_overlap, convention, torch.sqrt).clamp(min=0)
 

@@ -87,4 +87,4 @@ def draw_heatmap_batched(
 
 def valid_slots(counts: Tensor, slots: int) -> Tensor:
     """(B, M) bool: which slots hold a target, the first ``counts`` (B,) of each sample; the rest is padding."""
-    return torch.arange(slots, device=counts.device) < counts[:, None]
+    return torch.arange(slots, device=counts.device) < counts[:, None].long()  # unsigned dtypes too

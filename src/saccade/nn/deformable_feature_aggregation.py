@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.argument_checks import require_shape
+from saccade.argument_checks import require_shape, require_tensor
 from saccade.deformable_aggregation import deformable_aggregation
 from saccade.nn.key_points import SparseBox3DKeyPointsGenerator, SparsePoint3DKeyPointsGenerator
 
@@ -72,6 +72,8 @@ class DeformableFeatureAggregation(nn.Module):
         residual_mode: Literal["add", "cat"] | None = "add",
     ) -> None:
         super().__init__()
+        if num_groups < 1:
+            raise ValueError(f"num_groups: expected at least 1, got {num_groups}")
         if embed_dims % num_groups:
             raise ValueError(f"embed_dims: expected a multiple of num_groups={num_groups}, got {embed_dims}")
         if not 0 <= attn_drop < 1:
@@ -149,6 +151,12 @@ class DeformableFeatureAggregation(nn.Module):
             KeyError: ``metas`` has no ``projection_mat``.
             ValueError: A shape disagrees.
         """
+        for name, value in (
+            ("instance_feature", instance_feature),
+            ("anchor", anchor),
+            ("anchor_embed", anchor_embed),
+        ):
+            require_tensor(name, value)
         batch, anchors, _ = require_shape("instance_feature", instance_feature, "B A C", C=self.embed_dims)
         require_shape("anchor_embed", anchor_embed, "B A C", B=batch, A=anchors, C=self.embed_dims)
         require_shape("anchor", anchor, "B A D", B=batch, A=anchors)
@@ -171,6 +179,7 @@ class DeformableFeatureAggregation(nn.Module):
                 weights.permute(0, 1, 4, 2, 3, 5),  # (B, A, K, N, L, G)
             )
         else:
+            self._check_maps(feature_maps, batch)
             sampled = self.feature_sampling(feature_maps, key_points, projection_mat, image_wh)
             features = self.multi_view_level_fusion(sampled, weights).sum(2)
         output = self.proj_drop(self.output_proj(features.to(instance_feature.dtype)))
@@ -179,6 +188,17 @@ class DeformableFeatureAggregation(nn.Module):
         if self.residual_mode == "cat":
             return torch.cat([output, instance_feature], -1)
         return output
+
+    def _check_maps(self, feature_maps: Sequence[Tensor], batch: int) -> None:
+        if len(feature_maps) != self.num_levels or any(feature.dim() != 5 for feature in feature_maps):
+            shapes = [tuple(feature.shape) for feature in feature_maps]
+            raise ValueError(
+                f"feature_maps: expected {self.num_levels} maps (B, N, C, H, W) with use_deformable_func=False, "
+                f"got shapes {shapes}"
+            )
+        for level, feature in enumerate(feature_maps):
+            known = {"B": batch, "N": self.num_cams, "C": self.embed_dims}
+            require_shape(f"feature_maps[{level}]", feature, "B N C H W", **known)
 
     def _get_weights(self, instance_feature: Tensor, anchor_embed: Tensor, metas: Mapping[str, Any]) -> Tensor:
         """Attention weights (B, A, N, L, K, G): a softmax over cameras, levels and points together, then dropout."""
@@ -202,17 +222,16 @@ class DeformableFeatureAggregation(nn.Module):
 
         Depths are clamped to at least 1e-5, so that a point behind a camera lands far outside its image.
         """
-        # In float32 also under autocast: half precision cannot tell neighbouring pixels apart.
-        with torch.autocast(key_points.device.type, enabled=False):
-            dtype = torch.promote_types(key_points.dtype, torch.float32)
-            matrix = projection_mat.to(dtype)[:, :, None, None, :3]  # (B, N, 1, 1, 3, 4)
-            points = key_points.to(dtype)[:, None, :, :, None]  # (B, 1, A, K, 1, 3)
-            # Products and sums instead of a matrix product: exact float32 also where TF32 is allowed.
-            projected = (matrix[..., :3] * points).sum(-1) + matrix[..., 3]  # (B, N, A, K, 3)
-            location = projected[..., :2] / projected[..., 2:].clamp(min=1e-5)
-            if image_wh is not None:
-                location = location / image_wh.to(dtype)[:, :, None, None]
-            return location
+        # In float32: half precision cannot tell neighbouring pixels apart. Products and sums instead of a matrix
+        # product, which autocast and TF32 would round.
+        dtype = torch.promote_types(key_points.dtype, torch.float32)
+        matrix = projection_mat.to(dtype)[:, :, None, None, :3]  # (B, N, 1, 1, 3, 4)
+        points = key_points.to(dtype)[:, None, :, :, None]  # (B, 1, A, K, 1, 3)
+        projected = (matrix[..., :3] * points).sum(-1) + matrix[..., 3]  # (B, N, A, K, 3)
+        location = projected[..., :2] / projected[..., 2:].clamp(min=1e-5)
+        if image_wh is not None:
+            location = location / image_wh.to(dtype)[:, :, None, None]
+        return location
 
     @staticmethod
     def feature_sampling(
@@ -224,8 +243,9 @@ class DeformableFeatureAggregation(nn.Module):
         """Samples of L maps (B, N, C, H, W) at the projected points, by ``grid_sample``: (B, A, N, L, K, C)."""
         location = DeformableFeatureAggregation.project_points(key_points, projection_mat, image_wh)
         grid = (2 * location - 1).flatten(0, 1)  # (B * N, A, K, 2)
+        # In the dtype of the locations: rounding them to half precision would move them by whole pixels.
         sampled = [
-            F.grid_sample(feature.flatten(0, 1), grid.to(feature.dtype), align_corners=False)
+            F.grid_sample(feature.flatten(0, 1).to(grid.dtype), grid, align_corners=False).to(feature.dtype)
             for feature in feature_maps
         ]  # L of (B * N, C, A, K)
         batch, cameras = location.shape[:2]
@@ -242,6 +262,8 @@ def _build_generator(
 ) -> SparseBox3DKeyPointsGenerator | SparsePoint3DKeyPointsGenerator:
     if config is None:
         raise ValueError("kps_generator: expected a dict with the generator's type and arguments, got None")
+    if not isinstance(config, Mapping):
+        raise TypeError(f"kps_generator: expected a dict with type and arguments, got {type(config).__name__}")
     arguments = dict(config)
     kind = arguments.pop("type", "SparseBox3DKeyPointsGenerator")
     if kind not in _GENERATORS:
@@ -255,7 +277,9 @@ def _projection(metas: Mapping[str, Any], batch: int, cameras: int) -> tuple[Ten
     if metas.get("projection_mat") is None:
         raise KeyError("metas: expected the key 'projection_mat', a (B, N, 4, 4) tensor")
     projection_mat, image_wh = metas["projection_mat"], metas.get("image_wh")
+    require_tensor("metas['projection_mat']", projection_mat)
     require_shape("metas['projection_mat']", projection_mat, "B N 4 4", B=batch, N=cameras)
     if image_wh is not None:
+        require_tensor("metas['image_wh']", image_wh)
         require_shape("metas['image_wh']", image_wh, "B N 2", B=batch, N=cameras)
     return projection_mat, image_wh

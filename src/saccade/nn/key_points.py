@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from saccade.argument_checks import require_shape
+from saccade.argument_checks import require_shape, require_tensor
 
 # Layout of a box anchor: centre in metres, logarithms of the sizes, sine and cosine of the yaw, velocity in m/s.
 X, Y, Z, W, L, H, SIN_YAW, COS_YAW, VX, VY, VZ = range(11)
@@ -13,10 +13,25 @@ YAW = 6  # of a decoded box
 CNS, YNS = 0, 1  # centerness and yawness in the output of a quality head
 
 
+def _checked_count(num_learnable_pts: int) -> int:
+    if num_learnable_pts < 0:
+        raise ValueError(f"num_learnable_pts: expected at least 0, got {num_learnable_pts}")
+    return num_learnable_pts
+
+
+def _rotate(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """Apply (B, D, D) matrices to vectors (B, ..., D).
+
+    By products and sums: autocast and TF32, which round coordinates to centimetres or worse, leave those alone.
+    """
+    matrix = matrix.to(vectors.dtype).reshape(len(matrix), *[1] * (vectors.dim() - 2), *matrix.shape[1:])
+    return (matrix * vectors[..., None, :]).sum(-1)
+
+
 def _transform(matrix: Tensor, points: Tensor) -> Tensor:
     """Apply (B, 4, 4) rigid transforms to points (B, ..., 3)."""
-    rotated = torch.einsum("bij,b...j->b...i", matrix[:, :3, :3], points)
-    return rotated + matrix[:, :3, 3].view(-1, *[1] * (points.dim() - 2), 3)
+    shift = matrix[:, :3, 3].to(points.dtype).reshape(len(matrix), *[1] * (points.dim() - 2), 3)
+    return _rotate(matrix[:, :3, :3], points) + shift
 
 
 def _per_sample(interval: Tensor, like: Tensor) -> Tensor:
@@ -61,7 +76,7 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
     ) -> None:
         super().__init__()
         self.embed_dims = embed_dims
-        self.num_learnable_pts = num_learnable_pts
+        self.num_learnable_pts = _checked_count(num_learnable_pts)
         scale = torch.as_tensor([[0.0, 0.0, 0.0]] if fix_scale is None else fix_scale, dtype=torch.float32)
         require_shape("fix_scale", scale, "K 3")
         self.fix_scale = nn.Parameter(scale.clone(), requires_grad=False)
@@ -97,7 +112,10 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
             (B, A, K, 3) in metres; with all three temporal arguments also the list of the points in the other frames,
             moved back along the anchor's velocity.
         """
-        batch, anchors = anchor.shape[:2]
+        require_tensor("anchor", anchor)
+        batch, anchors, numbers = require_shape("anchor", anchor, "B A D")
+        if numbers <= COS_YAW:
+            raise ValueError(f"anchor: expected at least {COS_YAW + 1} numbers for a box, got {numbers}")
         size = anchor[..., None, W : H + 1].exp()  # slices: a list of indices would be copied to the device
         scale = self.fix_scale.to(size.dtype).expand(batch, anchors, -1, 3)
         if self.num_learnable_pts > 0 and instance_feature is not None:
@@ -115,7 +133,7 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
         temporal = []
         for matrix, timestamp in zip(T_cur2temp_list, temp_timestamps, strict=True):
             interval = _per_sample(cur_timestamp - timestamp, key_points)
-            temporal.append(_transform(matrix.to(key_points.dtype), key_points - velocity * interval))
+            temporal.append(_transform(matrix, key_points - velocity * interval))
         return key_points, temporal
 
     @staticmethod
@@ -144,7 +162,6 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
         """
         projected = []
         for i, matrix in enumerate(T_src2dst_list):
-            matrix = matrix.to(anchor.dtype)
             centre, size, direction, velocity = anchor.split([3, 3, 2, anchor.shape[-1] - 8], -1)
             interval = None
             if time_intervals is not None:
@@ -158,9 +175,9 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
                     )
                 centre = centre - velocity * _per_sample(interval, centre)
             rotation = matrix[:, :3, :3]
-            cosine_sine = torch.einsum("bij,baj->bai", rotation[:, :2, :2], direction.flip(-1))
+            cosine_sine = _rotate(rotation[:, :2, :2], direction.flip(-1))
             known = velocity.shape[-1]
-            velocity = torch.einsum("bij,baj->bai", rotation[:, :known, :known], velocity)
+            velocity = _rotate(rotation[:, :known, :known], velocity)
             projected.append(torch.cat([_transform(matrix, centre), size, cosine_sine.flip(-1), velocity], -1))
         return projected
 
@@ -208,18 +225,20 @@ class SparsePoint3DKeyPointsGenerator(nn.Module):
         super().__init__()
         self.embed_dims = embed_dims
         self.num_sample = num_sample
-        self.num_learnable_pts = num_learnable_pts
+        self.num_learnable_pts = _checked_count(num_learnable_pts)
         self.fix_height = fix_height
         self.ground_height = ground_height
         self.num_pts = num_sample * len(fix_height) * num_learnable_pts
-        heights = torch.tensor([float(height) for height in fix_height]) + ground_height
-        self.register_buffer("heights", heights, persistent=False)  # on the device, so that no step copies them there
+        self.register_buffer("heights", torch.empty(len(fix_height)), persistent=False)  # so that no step copies them
         if num_learnable_pts > 0:
             self.learnable_fc = nn.Linear(embed_dims, self.num_pts * 2)
         self.init_weight()
 
     def init_weight(self) -> None:
-        """Xavier-uniform weights and zero biases."""
+        """Xavier-uniform weights and zero biases; also fills the heights, which checkpoints do not hold."""
+        with torch.no_grad():
+            for slot, height in zip(self.heights, self.fix_height, strict=True):
+                slot.fill_(float(self.ground_height + height))
         if self.num_learnable_pts > 0:
             nn.init.xavier_uniform_(self.learnable_fc.weight)
             nn.init.zeros_(self.learnable_fc.bias)
@@ -249,6 +268,7 @@ class SparsePoint3DKeyPointsGenerator(nn.Module):
             raise ValueError(f"num_learnable_pts: expected at least 1 to make key points, got {self.num_learnable_pts}")
         if instance_feature is None:
             raise ValueError("instance_feature: expected a (B, A, C) tensor, got None")
+        require_tensor("anchor", anchor)
         batch, anchors, _ = require_shape("anchor", anchor, "B A D", D=2 * self.num_sample)
         points = anchor.reshape(batch, anchors, self.num_sample, 1, 1, 2)
         shape = (self.num_sample, len(self.fix_height), self.num_learnable_pts, 2)
@@ -257,7 +277,7 @@ class SparsePoint3DKeyPointsGenerator(nn.Module):
         key_points = torch.cat([xy, z], -1).flatten(2, 4)
         if T_cur2temp_list is None or cur_timestamp is None or temp_timestamps is None or len(temp_timestamps) == 0:
             return key_points
-        return key_points, [_transform(matrix.to(key_points.dtype), key_points) for matrix in T_cur2temp_list]
+        return key_points, [_transform(matrix, key_points) for matrix in T_cur2temp_list]
 
     def anchor_projection(
         self,
@@ -271,7 +291,6 @@ class SparsePoint3DKeyPointsGenerator(nn.Module):
         points = anchor.unflatten(-1, (self.num_sample, 2))
         projected = []
         for matrix in T_src2dst_list:
-            matrix = matrix.to(anchor.dtype)
-            moved = torch.einsum("bij,bakj->baki", matrix[:, :2, :2], points) + matrix[:, None, None, :2, 3]
+            moved = _rotate(matrix[:, :2, :2], points) + matrix[:, None, None, :2, 3].to(anchor.dtype)
             projected.append(moved.flatten(-2))
         return projected

@@ -22,10 +22,11 @@ def _require_reduction(name: str, reduction: Any) -> None:
         raise ValueError(f"{name}: expected 'none', 'mean' or 'sum', got {reduction!r}")
 
 
-def _require_fraction(name: str, value: Any) -> None:
-    require_number(name, value)
+def _require_fraction(name: str, value: Any) -> float:
+    value = require_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+    return value
 
 
 class FocalLoss(nn.Module):
@@ -68,11 +69,11 @@ class FocalLoss(nn.Module):
         super().__init__()
         if not use_sigmoid:
             raise NotImplementedError("use_sigmoid: expected True, got False; see SoftmaxFocalLoss")
-        require_number("gamma", gamma, minimum=0)
-        _require_fraction("alpha", alpha)
+        gamma = require_number("gamma", gamma, minimum=0)
+        alpha = _require_fraction("alpha", alpha)
         _require_reduction("reduction", reduction)
-        require_number("loss_weight", loss_weight)
-        require_number("avg_factor_eps", avg_factor_eps, minimum=0)
+        loss_weight = require_number("loss_weight", loss_weight)
+        avg_factor_eps = require_number("avg_factor_eps", avg_factor_eps, minimum=0)
         self.use_sigmoid = use_sigmoid
         self.gamma = gamma
         self.alpha = alpha
@@ -93,9 +94,10 @@ class FocalLoss(nn.Module):
 
         Args:
             pred: (N, C) floating point logits, or probabilities if ``activated``.
-            target: (N,) int32 or int64 labels, background outside [0, C); or targets of the shape of ``pred`` in
-                [0, 1], of any dtype.
-            weight: (N,) or (N, 1) weight of each row, or N * C weights in any shape; of any real dtype.
+            target: (N,) int32 or int64 labels, background outside [0, C); or targets of the shape of ``pred``: floating
+                point in [0, 1], or one-hot of bool or integer dtype.
+            weight: (N,) or (N, 1) weight of each row; or N * C weights, in the shape of ``pred`` or flat. Of any real
+                dtype.
             avg_factor: Number or tensor of one element that the sum is divided by, instead of the mean.
             reduction_override: Reduction for this call.
 
@@ -113,7 +115,9 @@ class FocalLoss(nn.Module):
         if target.ndim != pred.ndim:
             require_shape("pred", pred, "N C")
         elif not target.is_floating_point():
-            target = target.to(pred.dtype)
+            if pred.ndim < 2:
+                raise ValueError(f"pred: expected shape (N, C) with integer targets, got {tuple(pred.shape)}")
+            target = target != 0  # one-hot
         return scaled_sigmoid_focal_loss(
             pred,
             target,
@@ -161,8 +165,8 @@ class _ClassWeightedLoss(nn.Module):
 
     def __init__(self, gamma: float, alpha: float, weight: Tensor | None = None, reduction: ReductionName = "mean"):
         super().__init__()
-        require_number("gamma", gamma, minimum=0)
-        _require_fraction("alpha", alpha)
+        gamma = require_number("gamma", gamma, minimum=0)
+        alpha = _require_fraction("alpha", alpha)
         _require_reduction("reduction", reduction)
         if weight is not None:
             require_tensor("weight", weight)
@@ -205,7 +209,8 @@ class SigmoidFocalLoss(_ClassWeightedLoss):
             gamma=self.gamma,
             class_weight=self.weight,
             reduction=self.reduction,
-            scale=input.shape[1] if self.reduction == "mean" else 1.0,  # the operator divides by N * C
+            avg_factor=input.shape[0] if self.reduction == "mean" else None,
+            avg_factor_eps=0.0,
         )
 
 
@@ -280,13 +285,13 @@ class GaussianFocalLoss(nn.Module):
         avg_factor_eps: float = AVG_FACTOR_EPS,
     ):
         super().__init__()
-        require_number("alpha", alpha, minimum=0)
-        require_number("gamma", gamma, minimum=0)
+        alpha = require_number("alpha", alpha, minimum=0)
+        gamma = require_number("gamma", gamma, minimum=0)
         _require_reduction("reduction", reduction)
-        require_number("loss_weight", loss_weight)
-        require_number("pos_weight", pos_weight)
-        require_number("neg_weight", neg_weight)
-        require_number("avg_factor_eps", avg_factor_eps, minimum=0)
+        loss_weight = require_number("loss_weight", loss_weight)
+        pos_weight = require_number("pos_weight", pos_weight)
+        neg_weight = require_number("neg_weight", neg_weight)
+        avg_factor_eps = require_number("avg_factor_eps", avg_factor_eps, minimum=0)
         self.alpha = alpha
         self.gamma = gamma
         self.reduction: ReductionName = reduction
@@ -339,7 +344,10 @@ class GaussianFocalLoss(nn.Module):
             return self._term(pred, target, weight, self.pos_weight, self.neg_weight, reduction, avg_factor)
         if pos_inds is None or pos_labels is None:
             missing = "pos_inds" if pos_inds is None else "pos_labels"
-            raise ValueError(f"{missing}: expected a tensor, as pos_inds and pos_labels belong together, got None")
+            raise ValueError(
+                f"{missing}: expected a tensor, as pos_inds and pos_labels belong together, got None; "
+                "a weight, third in mmdet 2.x, is passed by name"
+            )
         require_integer("pos_inds", pos_inds)
         require_integer("pos_labels", pos_labels)
         (count,) = require_shape("pos_inds", pos_inds, "M")

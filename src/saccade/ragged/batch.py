@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from saccade.argument_checks import InvalidArgumentError, require_tensor
+from saccade.caching import may_be_kept
 
 
 class RaggedBatch:
@@ -139,7 +140,7 @@ class RaggedBatch:
             return self._mask
         position = torch.arange(self.max_sample_size, device=self.device)
         mask = position < self.sample_sizes[..., None]
-        if _may_be_kept(self.device):
+        if may_be_kept(mask):
             self._mask = mask
         return mask
 
@@ -149,7 +150,7 @@ class RaggedBatch:
         if self._sample_sizes is not None:
             return self._sample_sizes
         sample_sizes = self.mask.count_nonzero(-1)
-        if _may_be_kept(self.device):
+        if may_be_kept(sample_sizes):
             self._sample_sizes = sample_sizes
         return sample_sizes
 
@@ -267,10 +268,3 @@ def _require_non_uniform_dim(non_uniform_dim: int, num_batch_dims: int, tensor: 
             f"non_uniform_dim: expected one of the dimensions of tensor behind its {num_batch_dims} batch dimensions, "
             f"got {non_uniform_dim} for shape {tuple(tensor.shape)}"
         )
-
-
-def _may_be_kept(device: torch.device) -> bool:
-    """Whether later calls could use a tensor made now: none of tracing, inference mode or a graph's memory pool."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return False
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()

@@ -86,6 +86,12 @@ def combine_data(
     if device is not None:
         tensor = tensor.to(device)
     if other_with_same_sample_sizes is not None:
+        other_shape = (*other_with_same_sample_sizes.batch_shape, other_with_same_sample_sizes.max_sample_size)
+        if (*batch_shape, width) != other_shape:
+            raise InvalidArgumentError(
+                f"other_with_same_sample_sizes: expected the samples and width of data_list, {(*batch_shape, width)}, "
+                f"got {other_shape}"
+            )
         return other_with_same_sample_sizes.create_with_sample_sizes_like_self(tensor, len(batch_shape))
     sample_sizes = torch.tensor(sizes, dtype=torch.int64).view(batch_shape).to(tensor.device, non_blocking=True)
     return RaggedBatch(tensor, sample_sizes=sample_sizes)
