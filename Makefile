@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test check docs bench clean
 
-demo: $(VENV)/ready  ## train a small multi-camera detector with every operator; pictures in demo-output/
+demo: $(VENV)/demo-ready  ## train a small multi-camera detector with every operator; pictures in demo-output/
 	$(BIN)/python -m saccade demo
 
 test: check docs  ## lint, types, tests, docs
@@ -22,9 +22,15 @@ docs: $(VENV)/ready  ## build the documentation into site/
 bench: $(VENV)/ready  ## times on this machine's GPU
 	$(BIN)/python -m saccade bench
 
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/demo-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+$(VENV)/ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,docs]'
 	touch $@
 

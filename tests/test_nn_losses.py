@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -322,3 +323,22 @@ def test_modules_compile_without_a_graph_break(device):
         loss = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)()
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(torch.autograd.grad(loss.sum(), pred)[0], slopes)
+
+
+def test_integer_targets_of_the_shape_of_the_predictions_are_one_hot():
+    pred = torch.randn(4, 3)
+    labels = torch.tensor([0, 2, 1, 1])
+    one_hot = torch.nn.functional.one_hot(labels, 3)
+    torch.testing.assert_close(FocalLoss()(pred, one_hot), FocalLoss()(pred, labels))
+    torch.testing.assert_close(FocalLoss()(pred, one_hot * 255), FocalLoss()(pred, labels))
+    with pytest.raises(ValueError, match=r"pred: expected shape \(N, C\)"):
+        FocalLoss()(pred[:, 0], labels)
+
+
+def test_numbers_of_numpy_are_numbers():
+    pred, labels = torch.randn(4, 3), torch.tensor([0, 2, 1, 3])
+    expected = FocalLoss(alpha=0.25, loss_weight=2.0)(pred, labels, avg_factor=3.0)
+    for kind in (np.float32, np.float64):
+        loss = FocalLoss(alpha=kind(0.25), loss_weight=kind(2))(pred, labels, avg_factor=kind(3))
+        torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(FocalLoss(loss_weight=2.0)(pred, labels, avg_factor=np.int64(3)), expected)
