@@ -318,6 +318,14 @@ def test_format_of_one_list_comes_back_as_a_list_of_one():
     assert torch.equal(group[0], maps[0])
 
 
+def test_format_promotes_dtypes(device):
+    """A feature pyramid under autocast mixes float32, which interpolation gives, with half precision."""
+    maps = [torch.rand(1, 1, 2, 3, 3, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    rows, _, _ = saccade.feature_maps_format(maps)
+    assert rows.dtype == torch.float32
+    assert torch.equal(rows[0, 0], maps[0][0, 0, :, 0, 0].float())
+
+
 def test_format_passes_gradients(device):
     maps = [torch.rand(1, 2, 3, 4, 5, device=device, requires_grad=True) for _ in range(2)]
     rows, _, _ = saccade.feature_maps_format(maps)
@@ -393,9 +401,9 @@ def test_format_exports():
             r"feature_maps\[1\]: .*C=2, got \(1, 1, 4",
         ),
         (
-            [torch.rand(1, 1, 2, 3, 3), torch.rand(1, 1, 2, 3, 3).half()],
+            [torch.rand(1, 1, 2, 3, 3), torch.rand(1, 1, 2, 3, 3, device="meta")],
             ValueError,
-            "float32 on cpu like the first map",
+            "expected device cpu, that of the first map, got meta",
         ),
         (
             [[torch.rand(1, 1, 2, 3, 3)], [torch.rand(1, 1, 2, 3, 3)] * 2],

@@ -33,7 +33,7 @@ class _BareAmp(TyperCommand):
 
 @app.command(cls=_BareAmp)
 def demo(
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 600,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 400,
     seed: Annotated[int, typer.Option(help="Of scenes and weights.", min=0)] = 0,
     frame: Annotated[
         Path | None,
@@ -83,7 +83,10 @@ def require_writable(out: Path, json_file: Path | None) -> None:
     if not os.access(out, os.W_OK | os.X_OK):
         raise DemoError(f"--out {out}: cannot write into this directory")
     if json_file is not None:
+        is_new = not json_file.exists()
         try:
             json_file.open("a").close()
+            if is_new:
+                json_file.unlink()
         except OSError as error:
             raise DemoError(f"--json {json_file}: cannot write this file ({error.strerror})") from error

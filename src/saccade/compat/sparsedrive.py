@@ -50,7 +50,7 @@ def deformable_aggregation_function(
 ) -> Tensor:
     """``saccade.deformable_aggregation`` with the originals' dtypes: everything in float32, under autocast too."""
     kind = feature_maps.device.type
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+    with torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda") else nullcontext():
         return saccade.deformable_aggregation(
             feature_maps.float(), spatial_shape, scale_start_index, sampling_location.float(), weights.float()
         )

@@ -82,11 +82,7 @@ def deformable_aggregation(
         weights=weights,
     )
     kind = feature_maps.device.type
-    if (
-        feature_maps.dtype != torch.float64
-        and torch.amp.is_autocast_available(kind)
-        and torch.is_autocast_enabled(kind)
-    ):
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and feature_maps.dtype != torch.float64:
         feature_maps = feature_maps.to(torch.get_autocast_dtype(kind))
     return torch.ops.saccade.deformable_aggregation(
         feature_maps, spatial_shape, scale_start_index, sampling_location, weights

@@ -30,7 +30,8 @@ def feature_maps_format(feature_maps: Any, inverse: bool = False) -> Any:
 
     Args:
         feature_maps: A list of L maps (B, N, C, H_l, W_l), in any order. Or a list of such lists, one for each group of
-            cameras with equal image sizes; all groups must agree in B, C and L. With ``inverse``: the three tensors.
+            cameras with equal image sizes; all groups must agree in B, C and L. Dtypes may differ, as a feature pyramid's
+            do under autocast: the rows have the one that they promote to. With ``inverse``: the three tensors.
         inverse: Turn rows back into maps.
 
     Returns:
@@ -86,10 +87,9 @@ def _check_groups(groups: Sequence[Any]) -> None:
         for level, feature in enumerate(maps):
             require_floating(f"{name}[{level}]", feature)
             first = feature if first is None else first
-            if feature.dtype != first.dtype or feature.device != first.device:
+            if feature.device != first.device:
                 raise ValueError(
-                    f"{name}[{level}]: expected {first.dtype} on {first.device} like the first map, "
-                    f"got {feature.dtype} on {feature.device}"
+                    f"{name}[{level}]: expected device {first.device}, that of the first map, got {feature.device}"
                 )
             if level == 0:
                 require_shape(f"{name}[0]", feature, "B N C H W")

@@ -1,0 +1,360 @@
+"""Targets, losses, training and evaluation of the demo's detector."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+import saccade
+from saccade.demo import DemoError
+from saccade.demo.evaluation import MAX_RANGE, Counts, Detections, match
+from saccade.demo.frame import load_frame
+from saccade.demo.geometry import Sample, box_corners, project, turned
+from saccade.demo.model import Detector, Output
+from saccade.demo.scene import CAMERA_NAMES, CLASS_NAMES, scene
+from saccade.nn import FocalLoss
+
+
+def encode_boxes(boxes: np.ndarray) -> np.ndarray:
+    """Boxes (M, 7) in the anchor layout (M, 11); nothing is known about velocities, they stay 0."""
+    encoded = np.zeros((len(boxes), 11), dtype=np.float32)
+    encoded[:, :3] = boxes[:, :3]
+    encoded[:, 3:6] = np.log(boxes[:, 3:6])
+    encoded[:, 6], encoded[:, 7] = np.sin(boxes[:, 6]), np.cos(boxes[:, 6])
+    return encoded
+
+
+def decode_boxes(anchors: np.ndarray) -> np.ndarray:
+    """Anchors (M, 11) as boxes (M, 7)."""
+    return np.concatenate(
+        [anchors[:, :3], np.exp(anchors[:, 3:6].clip(-5, 5)), np.arctan2(anchors[:, 6:7], anchors[:, 7:8])], 1
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples as tensors. Letters: B batch, N cameras, M boxes of a sample or image."""
+
+    images: Tensor  # (B, N, 3, H, W)
+    projection: Tensor  # (B, N, 4, 4)
+    boxes: saccade.RaggedBatch  # (B, M, 11)
+    labels: saccade.RaggedBatch  # (B, M); negative: ignored
+    centers: saccade.RaggedBatch  # (B * N, M, 2) int32, cells of the heatmap
+    radii: saccade.RaggedBatch  # (B * N, M) int32
+    center_labels: saccade.RaggedBatch  # (B * N, M) int32
+    lifts: saccade.RaggedBatch  # (B * N, M, 3)
+
+
+def make_batch(samples: Sequence[Sample], device: torch.device, stride: int) -> Batch:
+    """Put samples of equal image size together, on a device."""
+    centers, radii, labels, lifts = zip(*(t for s in samples for t in heatmap_objects(s, stride)), strict=True)
+
+    def on_device(tensor: Tensor) -> Tensor:
+        if device.type == "cuda":
+            return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor
+
+    def ragged(tensors: Sequence[np.ndarray], like: saccade.RaggedBatch | None = None) -> saccade.RaggedBatch:
+        return saccade.ragged.combine_data([torch.from_numpy(t) for t in tensors], like)
+
+    boxes = ragged([encode_boxes(s.boxes) for s in samples])
+    cells = ragged(centers)
+    return Batch(
+        images=on_device(torch.from_numpy(np.stack([s.images for s in samples]))),
+        projection=on_device(torch.from_numpy(np.stack([s.projection for s in samples]))),
+        boxes=boxes,
+        labels=ragged([s.labels for s in samples], boxes),
+        centers=cells.to(device),
+        radii=ragged(radii, cells).to(device),
+        center_labels=ragged(labels, cells).to(device),
+        lifts=ragged(lifts, cells).to(device),
+    )
+
+
+def heatmap_objects(sample: Sample, stride: int) -> list[tuple[np.ndarray, ...]]:
+    """What the heatmap of each camera shows.
+
+    Returns:
+        For each camera, of the M boxes whose centres it sees: heatmap cells (M, 2), radii (M,) and classes (M,), all
+        int32, and the lift (M, 3) float32 as `Output` has it.
+    """
+    objects = []
+    size = np.array(sample.image_wh, dtype=np.float32)
+    for projection in sample.projection:
+        pixel, depth = project(sample.boxes[:, :3], projection)
+        corners, corner_depth = project(box_corners(sample.boxes), projection)
+        seen = (
+            (sample.labels >= 0) & (depth > 0.5) & (corner_depth > 0.5).all(1) & ((pixel >= 0) & (pixel < size)).all(1)
+        )
+        extent = np.minimum(corners.max(1), size) - np.maximum(corners.min(1), 0)
+        width, height = torch.from_numpy(extent[seen].astype(np.float32) / stride).unbind(1)
+        radius = saccade.gaussian_radius((height, width), 0.3, convention="mmdet").clamp(1, 8)
+        origin = np.linalg.inv(projection)[:3, 3]
+        away = np.linalg.norm(sample.boxes[seen, :2] - origin[:2], axis=1)
+        objects.append(
+            (
+                (pixel[seen] / stride).astype(np.int32),
+                radius.numpy().astype(np.int32),
+                sample.labels[seen].astype(np.int32),
+                np.concatenate([pixel[seen] / stride % 1, np.log(away / 10)[:, None]], 1).astype(np.float32),
+            )
+        )
+    return objects
+
+
+def heatmap_target(batch: Batch, shape: torch.Size) -> Tensor:
+    """Class-wise Gaussians (B * N, classes, H, W) at the centres."""
+    target = torch.zeros(shape, device=batch.images.device)
+    saccade.draw_heatmap_batched(target, batch.centers, batch.radii, labels=batch.center_labels)
+    return target
+
+
+class DetectionLoss(nn.Module):
+    """Focal loss over Hungarian-matched anchors, L1 over the matched boxes, Gaussian focal loss over the heatmap."""
+
+    BOX_WEIGHTS = (0.4, 0.4, 0.4, 0.2, 0.2, 0.2, 0.2, 0.2, 0.0, 0.0, 0.0)
+    """Of the eleven numbers of an anchor. One moment in time says nothing about velocity."""
+
+    box_weights: Tensor
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.classification = FocalLoss(use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=2.0)
+        self.register_buffer("box_weights", torch.tensor(self.BOX_WEIGHTS))
+
+    def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
+        """Losses by name, each summed over the decoder layers."""
+        target = heatmap_target(batch, output.heatmap.shape)
+        layers = [self._layer(*layer, batch) for layer in zip(output.logits, output.anchors, strict=True)]
+        classes, boxes = torch.stack([torch.stack(layer) for layer in layers]).sum(0)
+        heatmap = saccade.gaussian_focal_loss_with_logits(output.heatmap, target, avg_factor="num_pos")
+        return {"class": classes, "box": boxes, "heatmap": heatmap, "lift": self._lift(output.lift, batch)}
+
+    def _lift(self, lift: Tensor, batch: Batch) -> Tensor:
+        mask = batch.centers.mask
+        image = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
+        cell, truth = batch.centers.tensor[mask].long(), batch.lifts.tensor[mask]
+        # Around the centre too: the highest peak of a predicted heatmap may lie beside it.
+        shift = torch.cartesian_prod(*[torch.arange(-1, 2, device=mask.device)] * 2)  # (9, 2)
+        column, row = (cell[:, None] + shift).unbind(-1)
+        height, width = lift.shape[-2:]
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        picked = lift[image[:, None], :, row.clamp(0, height - 1), column.clamp(0, width - 1)]  # (objects, 9, 3)
+        truth = torch.cat([truth[:, None, :2] - shift, truth[:, None, 2:].expand(-1, 9, 1)], -1)
+        error = (picked - truth).abs() * inside[..., None]
+        return (error * error.new_tensor([0.5, 0.5, 4.0])).sum() / max(9 * len(error), 1)
+
+    def _layer(self, logits: Tensor, anchors: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        batch_size, count = logits.shape[:2]
+        # The assignment is made on the host: one copy of the predictions per layer.
+        host_logits, host_anchors = logits.detach().cpu(), anchors.detach().cpu()
+        target = torch.full((batch_size, count), self.num_classes)
+        row_weight = torch.ones(batch_size, count)
+        anchor_index, true_boxes = [], []
+        for b, (boxes, labels) in enumerate(zip(batch.boxes.split(), batch.labels.split(), strict=True)):
+            rows, columns = match_anchors(host_logits[b], host_anchors[b], boxes[labels >= 0], labels[labels >= 0])
+            target[b, rows] = labels[labels >= 0][columns]
+            # An anchor that sits on an ignored box may call it what it likes.
+            on_ignored = (torch.cdist(host_anchors[b, :, :2], boxes[labels < 0][:, :2]) < 2).any(1)
+            on_ignored[rows] = False
+            row_weight[b, on_ignored] = 0
+            anchor_index.append(rows + b * count)
+            true_boxes.append(boxes[labels >= 0][columns])
+        device = logits.device
+        index, truth = torch.cat(anchor_index).to(device), torch.cat(true_boxes).to(device)
+        positives = max(len(index), 1)
+        classes = self.classification(
+            logits.flatten(0, 1),
+            target.flatten().to(device),
+            weight=row_weight.flatten().to(device),
+            avg_factor=positives,
+        )
+        error = (anchors.flatten(0, 1)[index] - truth).abs() * self.box_weights
+        return classes, error.sum() / positives
+
+
+def match_anchors(logits: Tensor, anchors: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The cheapest one-to-one assignment of anchors (A, 11) to boxes (M, 11): indices of anchors and of their boxes."""
+    p = logits.sigmoid()[:, labels].clamp(1e-6, 1 - 1e-6)  # (A, M)
+    class_cost = 0.25 * (1 - p) ** 2 * -p.log() - 0.75 * p**2 * -(1 - p).log()
+    cost = 2 * class_cost + 0.25 * torch.cdist(anchors[:, :2], boxes[:, :2], p=1)
+    rows, columns = linear_sum_assignment(cost.nan_to_num(1e4).numpy())
+    return torch.from_numpy(rows), torch.from_numpy(columns)
+
+
+def decode(output: Output) -> list[Detections]:
+    """The boxes of the last layer; those that stand within a better one of their class are left out."""
+    found = []
+    for logits, anchors in zip(output.logits[-1].sigmoid().cpu(), output.anchors[-1].cpu(), strict=True):
+        scores, labels = logits.max(-1)
+        order = scores.argsort(descending=True, stable=True)
+        detections = Detections(decode_boxes(anchors[order].numpy()), scores[order].numpy(), labels[order].numpy())
+        found.append(detections.chosen(_apart(detections)))
+    return found
+
+
+def _apart(detections: Detections) -> list[int]:
+    """Indices of the boxes that are no second answer for an object.
+
+    A second answer is a box of the same class whose centre is within 0.4 of the better one's longer side, or 0.75 m.
+    """
+    keep: list[int] = []
+    for i, box in enumerate(detections.boxes):
+        better = [k for k in keep if detections.labels[k] == detections.labels[i]]
+        reach = np.maximum(0.4 * detections.boxes[better, 3:5].max(-1), 0.75)
+        if (np.hypot(*(detections.boxes[better, :2] - box[:2]).T) >= reach).all():
+            keep.append(i)
+    return keep
+
+
+class Source(Protocol):
+    """Where samples come from."""
+
+    name: str
+    class_names: tuple[str, ...]
+    num_cams: int
+    held_out: list[Sample]
+
+    def training(self, step: int) -> Sample:
+        """The sample to learn from at a step."""
+        ...
+
+    def shown(self, image_wh: tuple[int, int]) -> tuple[Sample, Sample]:
+        """One of the evaluated samples, and the same with images of another size for the pictures."""
+        ...
+
+
+class RenderedScenes:
+    """Rendered scenes: a new one at every step, others held out for evaluation."""
+
+    class_names: tuple[str, ...] = CLASS_NAMES
+    num_cams = len(CAMERA_NAMES)
+
+    def __init__(self, seed: int, held_out: int):
+        self.seed = seed
+        self.name = "held-out scene"
+        self.held_out = [scene(seed, "held-out", index) for index in range(held_out)]
+
+    def training(self, step: int) -> Sample:
+        """A scene that was never seen before."""
+        return scene(self.seed, "train", step)
+
+    def shown(self, image_wh: tuple[int, int]) -> tuple[Sample, Sample]:
+        """The first held-out scene."""
+        return self.held_out[0], scene(self.seed, "held-out", 0, image_wh)
+
+
+class RealFrame:
+    """One frame from a directory, learnt by heart: it is what the detector is evaluated on, too."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.name = f"frame {directory.resolve().name}"
+        sample = load_frame(directory)
+        # Boxes that are not counted are not to be learnt either.
+        far = np.hypot(sample.boxes[:, 0], sample.boxes[:, 1]) > MAX_RANGE
+        self.held_out = [replace(sample, labels=np.where(far, -1, sample.labels))]
+        self.class_names = sample.class_names
+        self.num_cams = len(sample.camera_names)
+
+    def training(self, step: int) -> Sample:
+        """The frame."""
+        return self.held_out[0]
+
+    def shown(self, image_wh: tuple[int, int]) -> tuple[Sample, Sample]:
+        """The frame."""
+        return self.held_out[0], replace(load_frame(self.directory, image_wh), labels=self.held_out[0].labels)
+
+
+def _made_ahead(make: Callable[[int], Sample], count: int) -> Iterator[Sample]:
+    """Samples 0 to `count`, the next one being made while the last one is worked on."""
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        upcoming = worker.submit(make, 0)
+        for index in range(1, count + 1):
+            sample = upcoming.result()
+            if index < count:
+                upcoming = worker.submit(make, index)
+            yield sample
+
+
+class Trainer:
+    """A detector, and what is needed to train and evaluate it on one device."""
+
+    def __init__(self, source: Source, model: Detector, device: torch.device, amp: str, *, learning_rate: float = 2e-3):
+        self.source = source
+        self.device = device
+        self.amp = amp
+        self.learning_rate = learning_rate
+        self.model = model.to(device)
+        self.loss = DetectionLoss(len(source.class_names)).to(device)
+
+    def _autocast(self) -> AbstractContextManager:
+        dtype = torch.float16 if self.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.amp != "off")
+
+    def train(self, steps: int, seed: int) -> Iterator[dict[str, float]]:
+        """Train, telling the losses of every step by name, `total` among them."""
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate, weight_decay=1e-2)
+        warm_up = max(1, steps // 15)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda i: min(
+                (i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(1, max(0, i - warm_up) / max(1, steps - warm_up)))
+            ),
+        )
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
+        angles = np.random.default_rng([seed, 2]).uniform(-math.pi, math.pi, steps)
+        self.model.train()
+        for step, sample in enumerate(_made_ahead(self.source.training, steps)):
+            # Which way the vehicle points must not matter: turn the coordinates under what the cameras see.
+            batch = make_batch([turned(sample, angles[step])], self.device, self.model.STRIDE)
+            with self._autocast():
+                output = self.model(batch.images, batch.projection)
+            losses = self.loss(output, batch)
+            total = torch.stack(list(losses.values())).sum()
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(total).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            values = {name: value.item() for name, value in losses.items()} | {"total": total.item()}
+            if not math.isfinite(values["total"]):
+                raise DemoError(f"the loss is {values['total']} at step {step + 1} (with --amp {self.amp})")
+            yield values
+
+    def detect(self, sample: Sample) -> tuple[Detections, Batch, Output]:
+        """What the detector finds in a sample, with the batch made of it and the raw output."""
+        self.model.eval()
+        batch = make_batch([sample], self.device, self.model.STRIDE)
+        with torch.no_grad(), self._autocast():
+            output = self.model(batch.images, batch.projection)
+        return decode(output)[0], batch, output
+
+    def evaluate(self, *, exchange_images: bool = False, done: Callable[[], None] = lambda: None) -> Counts:
+        """Counts over all held-out samples.
+
+        Args:
+            exchange_images: Give every camera the image of its neighbour, but not its projection matrix.
+            done: Called after each sample.
+        """
+        counts = Counts()
+        for sample in self.source.held_out:
+            seen = replace(sample, images=np.roll(sample.images, 1, axis=0)) if exchange_images else sample
+            counts += match(self.detect(seen)[0], sample.boxes, sample.labels)
+            done()
+        return counts
+
+    def counted(self, detections: Detections, sample: Sample) -> Counts:
+        """How detections compare with the truth of a sample."""
+        return match(detections, sample.boxes, sample.labels)
