@@ -14,7 +14,7 @@ def may_be_kept(tensor: Tensor) -> bool:
         torch.compiler.is_compiling()
         or type(tensor) is not Tensor
         or tensor.is_inference()
-        or torch._is_functional_tensor(tensor)
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or torch._is_functional_tensor(tensor)  # pyright: ignore[reportPrivateImportUsage]
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
         or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     )

@@ -39,7 +39,9 @@ def demo(
         Path | None,
         typer.Option(help="Train on a real frame: a directory with frame.json and the camera images.", metavar="DIR"),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:1; by default the GPU if there is one.", show_default=False)
+    ] = None,
     amp: Annotated[str, typer.Option(help="Mixed precision: off, bf16 or fp16; --amp alone means bf16.")] = "off",
     out: Annotated[Path, typer.Option(help="Where the pictures go.", metavar="DIR")] = Path("demo-output"),
     json_file: Annotated[
@@ -50,8 +52,11 @@ def demo(
 
     Without --frame it learns from rendered scenes, a new one at every step, and is evaluated on others.
     """
+    import torch
+
     from saccade.demo.run import DemoOptions, run_demo
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         require_writable(out, json_file)
         report = run_demo(DemoOptions(steps, seed, frame, device, amp, out))
