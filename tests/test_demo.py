@@ -276,6 +276,28 @@ def test_the_real_frame_projects_into_its_2d_boxes():
 runner = CliRunner()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "amp", "steps"),
+    [
+        ([], "off", None),
+        (["--amp"], "bf16", None),
+        (["--amp", "--steps", "3"], "bf16", 3),
+        (["--amp", "fp16"], "fp16", None),
+    ],
+)
+def test_options_reach_the_run(monkeypatch, tmp_path, arguments, amp, steps):
+    """Also none at all, which is what `make demo` runs."""
+    asked = []
+    monkeypatch.setattr("saccade.demo.run.run_demo", lambda options: asked.append(options))
+    monkeypatch.chdir(tmp_path)
+    result = runner.invoke(app, ["demo", *arguments])
+    assert result.exit_code == 0, result.output
+    (options,) = asked
+    assert (options.amp, options.steps, options.seed, options.frame) == (amp, steps, 0, None)
+    assert options.device == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert options.out == Path("demo-output")
+
+
 def test_two_steps_write_pictures_and_json(tmp_path):
     out, file = tmp_path / "pictures", tmp_path / "report.json"
     result = runner.invoke(

@@ -26,8 +26,9 @@ class _BareAmp(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Complete a bare `--amp`."""
         complete = []
-        for arg, following in zip(args, [*args[1:], "--"], strict=True):
-            complete += [arg, "bf16"] if arg == "--amp" and following.startswith("-") else [arg]
+        for position, arg in enumerate(args, start=1):
+            alone = arg == "--amp" and (position == len(args) or args[position].startswith("-"))
+            complete += [arg, "bf16"] if alone else [arg]
         return super().parse_args(ctx, complete)
 
 
