@@ -279,10 +279,10 @@ runner = CliRunner()
 @pytest.mark.parametrize(
     ("arguments", "amp", "steps"),
     [
-        ([], "off", None),
-        (["--amp"], "bf16", None),
+        ([], "off", 400),
+        (["--amp"], "bf16", 400),
         (["--amp", "--steps", "3"], "bf16", 3),
-        (["--amp", "fp16"], "fp16", None),
+        (["--amp", "fp16"], "fp16", 400),
     ],
 )
 def test_options_reach_the_run(monkeypatch, tmp_path, arguments, amp, steps):

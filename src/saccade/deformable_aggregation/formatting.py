@@ -30,8 +30,8 @@ def feature_maps_format(feature_maps: Any, inverse: bool = False) -> Any:
 
     Args:
         feature_maps: A list of L maps (B, N, C, H_l, W_l), in any order. Or a list of such lists, one for each group of
-            cameras with equal image sizes; all groups must agree in B, C and L. Dtypes may differ, as those of a feature
-            pyramid do under autocast: the rows have the one they promote to. With ``inverse``: the three tensors.
+            cameras with equal image sizes; all groups must agree in B, C and L. Dtypes may differ, as a pyramid's do
+            under autocast: the rows have the one that they promote to. With ``inverse``: the three tensors.
         inverse: Turn rows back into maps.
 
     Returns:
