@@ -113,7 +113,7 @@ def draw_birds_eye(path: Path, sample: Sample, detections: Detections, counts: C
     axes = figure.subplots()
     for radius in range(10, int(reach * 1.5), 10):
         axes.add_patch(Circle((0, 0), radius, fill=False, color="#d0d4d8", lw=0.8, zorder=0))
-        if radius < reach:
+        if radius < 0.96 * reach:  # else the label would touch the frame
             axes.text(0.7, radius + 0.3, f"{radius} m", color="#8a9097", fontsize=9, zorder=0)
     ego = np.array([(-0.9, -2), (-0.9, 1.6), (0, 2.6), (0.9, 1.6), (0.9, -2)])
     axes.add_patch(Polygon(ego, facecolor="#30363c", zorder=3))
