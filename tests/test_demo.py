@@ -417,7 +417,7 @@ def test_bad_options_are_one_line_and_exit_code_2(tmp_path):
     fails_with_one_line([*out, "--json", str(file / "r.json")], "--json")
     fails_with_one_line([*out, "--json", str(tmp_path)], "--json")
     fails_with_one_line([*out, "--amp", "int8"], "--amp")
-    fails_with_one_line([*out, "--amp", "fp16"], "--amp")
+    fails_with_one_line([*out, "--device", "cpu", "--amp", "fp16"], "--amp")
     fails_with_one_line([*out, "--device", "abacus"], "--device")
     fails_with_one_line([*out, "--device", "meta"], "--device")
     fails_with_one_line([*out, "--device", f"cuda:{torch.cuda.device_count()}"], "--device")

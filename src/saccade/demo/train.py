@@ -325,9 +325,11 @@ class Trainer:
             scaler.scale(total).backward()
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
+            scale = scaler.get_scale()
             scaler.step(optimizer)
             scaler.update()
-            schedule.step()
+            if scaler.get_scale() >= scale:  # else the step was skipped, for float16 overflowed
+                schedule.step()
             values = {name: value.item() for name, value in losses.items()} | {"total": total.item()}
             if not math.isfinite(values["total"]):
                 raise DemoError(f"the loss is {values['total']} at step {step + 1} (with --amp {self.amp})")
