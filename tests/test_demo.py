@@ -443,3 +443,18 @@ def test_sample_knows_its_size():
     sample = scene(0, "train", 0)
     assert isinstance(sample, Sample)
     assert sample.image_wh == IMAGE_WH
+
+
+# ---- the benchmark
+
+
+def test_bench_without_a_gpu_or_with_an_unknown_suite_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = runner.invoke(app, ["bench"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("saccade bench: torch")
+    assert len(result.stderr.splitlines()) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    result = runner.invoke(app, ["bench", "--only", "everything"])
+    assert result.exit_code == 2
+    assert result.stderr == "saccade bench: --only: expected one of aggregation, got 'everything'\n"

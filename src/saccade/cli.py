@@ -69,6 +69,39 @@ def demo(
 
 
 @app.command()
+def bench(
+    only: Annotated[str | None, typer.Option(help="One suite: aggregation.", show_default=False)] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the records there.", metavar="FILE")] = None,
+) -> None:
+    """Time the operators on this machine's GPU, beside what they replace. Runs from a checkout of the repository."""
+    import torch
+    from rich.console import Console
+
+    directory = Path(__file__).parents[2] / "benchmarks"
+    fault = None
+    if not (directory / "run.py").is_file():
+        fault = "runs from a checkout of the repository, where the benchmarks are"
+    elif not torch.cuda.is_available():
+        fault = f"torch {torch.__version__} finds no GPU to time; `saccade doctor` tells more"
+    if fault is None:
+        sys.path.insert(0, str(directory))
+        from run import SUITES, run  # pyright: ignore[reportMissingImports] - not a part of the package
+
+        if only not in (None, *SUITES):
+            fault = f"--only: expected one of {', '.join(SUITES)}, got {only!r}"
+    if fault is not None:
+        print(f"saccade bench: {fault}", file=sys.stderr)
+        raise typer.Exit(2)
+    try:
+        records = run(only, Console())
+    except ValueError as error:
+        print(f"saccade bench: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if json_file is not None:
+        json_file.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
 def doctor() -> None:
     """Check the installation: versions, devices, and every operator against its reference."""
     from saccade.doctor import main
