@@ -262,7 +262,7 @@ class Detector(nn.Module):
         self.centres = ConvBlock(config.embed_dims, 48)
         self.heatmap = nn.Conv2d(48, config.num_classes, 1)
         self.lift = nn.Conv2d(48, 3, 1)
-        nn.init.constant_(self.heatmap.bias, math.log(PRIOR / (1 - PRIOR)))  # type: ignore[arg-type]
+        nn.init.constant_(self.heatmap.bias, math.log(PRIOR / (1 - PRIOR)))  # type: ignore[arg-type] - a convolution with a bias
         self.content = nn.Sequential(nn.Linear(config.embed_dims, config.embed_dims), nn.LayerNorm(config.embed_dims))
         self.encoder = AnchorEncoder(config.embed_dims)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
