@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+.DELETE_ON_ERROR: # an environment that could not be finished is made again
 .PHONY: demo test check docs bench clean
 
 demo: $(VENV)/demo-ready  ## train a small multi-camera detector with every operator; pictures in demo-output/
