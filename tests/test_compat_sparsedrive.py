@@ -108,4 +108,4 @@ def test_mmcv_function(device):
     compiled = torch.compile(sigmoid_focal_loss, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(pred, target), sigmoid_focal_loss(pred, target))
     with pytest.raises(TypeError):
-        sigmoid_focal_loss(pred, target, gamma=2.0)  # type: ignore[call-arg] - positional only, as the original
+        sigmoid_focal_loss(pred, target, gamma=2.0)  # positional only, as the original
