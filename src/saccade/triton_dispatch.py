@@ -1,0 +1,33 @@
+"""When a call is served by Triton kernels, and on which device they are launched."""
+
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+@cache
+def _interpreting() -> bool:
+    """Whether Triton interprets kernels on the CPU, as it decides when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+@cache
+def triton_is_installed() -> bool:
+    """Whether Triton can be imported: the GPU builds of torch bring it along, those for the CPU do not."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def served_by_triton(tensor: Tensor) -> bool:
+    """Whether kernels serve a call on this tensor: on a GPU, or on the CPU under Triton's interpreter."""
+    return (tensor.is_cuda or _interpreting()) and triton_is_installed()
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensor's."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
