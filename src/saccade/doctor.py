@@ -8,12 +8,14 @@ import platform
 import shutil
 import sysconfig
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import saccade
+from saccade.triton_dispatch import triton_is_installed
 
 # Relative error (norm) that a float32 result may have against the float64 reference. A wrong kernel is off by far more.
 TOLERANCE = 1e-5
@@ -27,7 +29,7 @@ def backend(operator: str, device_type: str) -> str:
         device_type: ``"cpu"`` or ``"cuda"``.
     """
     has_kernels = importlib.util.find_spec(f"saccade.{operator}.kernels") is not None
-    return "triton" if device_type == "cuda" and has_kernels else "pytorch"
+    return "triton" if device_type == "cuda" and has_kernels and triton_is_installed() else "pytorch"
 
 
 def _inputs(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -108,11 +110,14 @@ def check(operator: str, device: str) -> str | None:
     return None
 
 
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+def _triton(has_gpu: bool) -> str:
+    """Version of Triton; on a machine with a GPU also what its absence means."""
+    if not triton_is_installed():
+        return "not installed" + ("; every operator runs in plain PyTorch (pip install triton)" if has_gpu else "")
+    for distribution in ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(distribution)
+    return "of an unknown version"
 
 
 def _toolchain() -> list[tuple[str, str]]:
@@ -146,7 +151,7 @@ def main(argv: list[str]) -> int:
     lines = [
         ("saccade", saccade.__version__),
         ("torch", torch.__version__ + (f", CUDA {torch.version.cuda}" if torch.version.cuda else ", without CUDA")),
-        ("triton", _version("triton")),
+        ("triton", _triton(bool(gpus))),
         ("Python", f"{platform.python_version()} on {platform.platform()}"),
         ("cpu", f"{torch.get_num_threads()} threads"),
         *((gpu, torch.cuda.get_device_name(gpu)) for gpu in gpus),

@@ -27,13 +27,26 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     return name
 
 
+def _ends_in_list(values: Any) -> bool:
+    return str(values[-1].type) == "List[Tensor]"
+
+
 def register_autograd(name: str, function: type[Function]) -> None:
-    """Give an operator its gradient: ``function.forward`` must call the operator under ``below_autograd``."""
+    """Give an operator its gradient: ``function.forward`` must call the operator under ``below_autograd``.
+
+    A list of tensors must be the last argument or the last result of the operator. ``function`` gets its tensors as
+    arguments of their own and returns them as results of their own: it would lose their gradients without a word.
+    """
     operator = getattr(torch.ops.saccade, name).default
+    takes_list, gives_list = _ends_in_list(operator._schema.arguments), _ends_in_list(operator._schema.returns)
+    before_list = len(operator._schema.returns) - 1
 
     def autograd(*args: Any) -> Any:
         if torch.is_grad_enabled():
-            return function.apply(*args)
+            if takes_list:
+                args = (*args[:-1], *args[-1])
+            result = function.apply(*args)
+            return (*result[:before_list], list(result[before_list:])) if gives_list else result
         with below_autograd():
             return operator(*args)
 
@@ -47,12 +60,17 @@ def register_backward(name: str) -> None:
     the saved inputs of a backward operator do require grad then, so a node of its own raises.
     """
     operator = getattr(torch.ops.saccade, name).default
+    takes_list, gives_list = _ends_in_list(operator._schema.arguments), _ends_in_list(operator._schema.returns)
+    before_list = len(operator._schema.arguments) - 1
 
     class DifferentiatedTwice(Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
+            if takes_list:
+                args = (*args[:before_list], args[before_list:])
             with below_autograd():
-                return operator(*args)
+                result = operator(*args)
+            return (*result[:-1], *result[-1]) if gives_list else result
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:

@@ -3,27 +3,24 @@
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 
 import torch
 from torch import Tensor
 
+# Triton interprets kernels on the CPU if this was set when it was imported.
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
-@cache
-def _interpreting() -> bool:
-    """Whether Triton interprets kernels on the CPU, as it decides when it is imported."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-@cache
 def triton_is_installed() -> bool:
     """Whether Triton can be imported: the GPU builds of torch bring it along, those for the CPU do not."""
-    return importlib.util.find_spec("triton") is not None
+    return _INSTALLED
 
 
 def served_by_triton(tensor: Tensor) -> bool:
     """Whether kernels serve a call on this tensor: on a GPU, or on the CPU under Triton's interpreter."""
-    return (tensor.is_cuda or _interpreting()) and triton_is_installed()
+    return (tensor.is_cuda or _INTERPRETING) and _INSTALLED
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

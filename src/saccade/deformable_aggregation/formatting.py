@@ -1,15 +1,19 @@
 """``feature_maps_format``: between a backbone's list of maps and the rows that ``deformable_aggregation`` reads."""
 
 from collections.abc import Sequence
+from functools import reduce
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from saccade.argument_checks import require_floating, require_integer, require_shape
 from saccade.caching import may_be_kept
+from saccade.registration import below_autograd, register, register_autograd
+from saccade.triton_dispatch import served_by_triton
 
 _Sizes = tuple[tuple[int, int], ...]  # (height, width) of each of the L maps of a camera
 
@@ -64,19 +68,18 @@ def feature_maps_format(feature_maps: Any, inverse: bool = False) -> Any:
     if not isinstance(feature_maps, Sequence) or len(feature_maps) == 0:
         raise ValueError(f"feature_maps: expected a list of maps (B, N, C, H, W), got {_describe(feature_maps)}")
     groups = feature_maps if isinstance(feature_maps[0], (list, tuple)) else [feature_maps]
-    _check_groups(groups)
-    rows = torch.cat([_to_rows(maps) for maps in groups], 1)
-    cameras = tuple(
-        (maps[0].shape[1], tuple((feature.shape[3], feature.shape[4]) for feature in maps)) for maps in groups
-    )
-    return [rows, *_index_tensors(cameras, rows)]
+    check_groups(groups)
+    levels, flat = len(groups[0]), [feature for maps in groups for feature in maps]
+    rows = torch.ops.saccade.feature_maps_format(levels, flat)
+    return [rows, *index_tensors(cameras_of(levels, flat), rows)]
 
 
 def _describe(value: Any) -> str:
     return "an empty list" if isinstance(value, Sequence) and not len(value) else type(value).__name__
 
 
-def _check_groups(groups: Sequence[Any]) -> None:
+def check_groups(groups: Sequence[Any]) -> None:
+    """Raise unless these are lists of as many maps each, with the same B, C and device."""
     first: Tensor | None = None
     for k, maps in enumerate(groups):
         name = f"feature_maps[{k}]" if len(groups) > 1 else "feature_maps"
@@ -97,21 +100,25 @@ def _check_groups(groups: Sequence[Any]) -> None:
             require_shape(f"{name}[{level}]", feature, "B N C H W", B=first.shape[0], N=cameras, C=first.shape[2])
 
 
-def _to_rows(maps: Sequence[Tensor]) -> Tensor:
-    """L maps (B, N, C, H_l, W_l) as (B, N * sum of H_l * W_l, C)."""
-    return torch.cat([feature.permute(0, 1, 3, 4, 2).flatten(2, 3) for feature in maps], 2).flatten(1, 2)
+def cameras_of(levels: int, feature_maps: Sequence[Tensor]) -> _Cameras:
+    """Sizes of maps (B, N, C, H_l, W_l), ``levels`` of them for each group of cameras."""
+    groups = [feature_maps[first : first + levels] for first in range(0, len(feature_maps), levels)]
+    return tuple((maps[0].shape[1], tuple((feature.shape[3], feature.shape[4]) for feature in maps)) for maps in groups)
 
 
-def _index_tensors(cameras: _Cameras, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """``spatial_shape`` and ``scale_start_index`` for feature rows, kept from an earlier call where that can be."""
+def index_tensors(cameras: _Cameras, rows: Tensor, by_level: bool = False) -> tuple[Tensor, Tensor]:
+    """``spatial_shape`` and ``scale_start_index`` for feature rows, kept from an earlier call where that can be.
+
+    ``by_level``: of levels that each lie in memory of their own, ``scale_start_index`` says where in it.
+    """
     if not may_be_kept(rows):
-        return _make_index_tensors(cameras, rows.device)
+        return _make_index_tensors(cameras, rows.device, by_level)
     # Kept apart for each stream: what one stream has yet to fill, another must not read.
     stream = torch.cuda.current_stream(rows.device).cuda_stream if rows.is_cuda else None
-    key = (cameras, rows.device, stream)
+    key = (cameras, by_level, rows.device, stream)
     tensors = _kept.pop(key, None)
     if tensors is None or any(tensor._version for tensor in tensors):  # none yet, or somebody wrote to them
-        tensors = _make_index_tensors(cameras, rows.device)
+        tensors = _make_index_tensors(cameras, rows.device, by_level)
         _host_sizes[tensors[0]] = cameras
         if len(_kept) == _MOST_KEPT:
             del _kept[next(iter(_kept))]
@@ -119,7 +126,7 @@ def _index_tensors(cameras: _Cameras, rows: Tensor) -> tuple[Tensor, Tensor]:
     return tensors
 
 
-def _make_index_tensors(cameras: _Cameras, device: torch.device) -> tuple[Tensor, Tensor]:
+def _make_index_tensors(cameras: _Cameras, device: torch.device, by_level: bool) -> tuple[Tensor, Tensor]:
     shapes, starts, base = [], [], 0
     for number, sizes in cameras:
         pixels = sum(height * width for height, width in sizes)
@@ -128,7 +135,7 @@ def _make_index_tensors(cameras: _Cameras, device: torch.device) -> tuple[Tensor
         shapes.append(shape.view(1, len(sizes), 2).expand(number, -1, -1))
         areas = shapes[-1][:1].prod(-1)
         camera = torch.arange(number, device=device)[:, None]
-        starts.append(base + camera * pixels + areas.cumsum(1) - areas)
+        starts.append(camera * areas if by_level else base + camera * pixels + areas.cumsum(1) - areas)
         base += number * pixels
     return torch.cat(shapes), torch.cat(starts)
 
@@ -149,11 +156,70 @@ def _to_maps(triple: Any) -> list[list[Tensor]]:
     total = sum(height * width for sizes in cameras for height, width in sizes)
     if total != pixels or any(side < 0 for sizes in cameras for size in sizes for side in size):
         raise ValueError(f"feature_maps[1]: expected sizes that add up to the {pixels} rows, got {total} pixels")
-    groups, base = [], 0
-    for sizes, run in groupby(cameras):
-        number, areas = len(list(run)), [height * width for height, width in sizes]
-        block = rows[:, base : base + number * sum(areas)].unflatten(1, (number, sum(areas)))
-        base += number * sum(areas)
-        levels = zip(sizes, block.split(areas, 2), strict=True)
-        groups.append([level.unflatten(2, size).permute(0, 1, 4, 2, 3) for size, level in levels])
+    return maps_of(rows, [(len(list(run)), sizes) for sizes, run in groupby(cameras)])
+
+
+def _blocks(rows: Tensor, cameras: Sequence[tuple[int, _Sizes]]) -> list[Tensor]:
+    """Views (B, N, pixels of a camera, C) of rows (B, S, C), one for each group of cameras."""
+    blocks, base = [], 0
+    for number, sizes in cameras:
+        pixels = sum(height * width for height, width in sizes)
+        blocks.append(rows.narrow(1, base, number * pixels).unflatten(1, (number, pixels)))
+        base += number * pixels
+    return blocks
+
+
+def maps_of(rows: Tensor, cameras: Sequence[tuple[int, _Sizes]]) -> list[list[Tensor]]:
+    """Views (B, N, C, H_l, W_l) of rows (B, S, C), a list for each group of cameras."""
+    groups = []
+    for block, (_, sizes) in zip(_blocks(rows, cameras), cameras, strict=True):
+        parts = block.split([height * width for height, width in sizes], 2)
+        groups.append([p.unflatten(2, size).permute(0, 1, 4, 2, 3) for p, size in zip(parts, sizes, strict=True)])
     return groups
+
+
+def _forward(levels: int, feature_maps: Sequence[Tensor]) -> Tensor:
+    rows = _forward_fake(levels, feature_maps)
+    # Maps that are channels-last in memory are rows already: what is left is a copy.
+    transpose = served_by_triton(rows) and all(feature.is_contiguous() for feature in feature_maps)
+    for number, block in enumerate(_blocks(rows, cameras_of(levels, feature_maps))):
+        maps = feature_maps[number * levels : (number + 1) * levels]
+        if transpose:
+            from saccade.deformable_aggregation.formatting_kernels import format_rows
+
+            format_rows(maps, block)
+        else:
+            torch.cat([feature.permute(0, 1, 3, 4, 2).flatten(2, 3) for feature in maps], 2, out=block)
+    return rows
+
+
+def _forward_fake(levels: int, feature_maps: Sequence[Tensor]) -> Tensor:
+    batch, _, channels, _, _ = feature_maps[0].shape
+    pixels = sum(
+        number * height * width for number, sizes in cameras_of(levels, feature_maps) for height, width in sizes
+    )
+    dtype = reduce(torch.promote_types, [feature.dtype for feature in feature_maps])
+    return feature_maps[0].new_empty(batch, pixels, channels, dtype=dtype)
+
+
+class _FeatureMapsFormat(Function):
+    @staticmethod
+    def forward(ctx: Any, levels: int, *feature_maps: Tensor) -> Tensor:
+        ctx.cameras = cameras_of(levels, feature_maps)
+        ctx.dtypes = [feature.dtype for feature in feature_maps]
+        with below_autograd():
+            return torch.ops.saccade.feature_maps_format(levels, feature_maps)
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+        """Views of the incoming gradient: the format is linear, and can be differentiated again."""
+        gradients = [gradient for group in maps_of(grad_rows, ctx.cameras) for gradient in group]
+        needed = ctx.needs_input_grad[1:]
+        return None, *(
+            gradient.to(dtype) if need else None
+            for gradient, dtype, need in zip(gradients, ctx.dtypes, needed, strict=True)
+        )
+
+
+register("feature_maps_format(int levels, Tensor[] feature_maps) -> Tensor", _forward, _forward_fake)
+register_autograd("feature_maps_format", _FeatureMapsFormat)

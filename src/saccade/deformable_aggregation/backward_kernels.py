@@ -1,0 +1,480 @@
+"""Triton kernels of the gradients of deformable aggregation.
+
+TODO-OPENING
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saccade.deformable_aggregation.kernels import (
+    TRITON_DTYPE,
+    is_visible,
+    load_map,
+    pixel_before,
+    row_columns,
+    row_tile,
+)
+from saccade.precision import compute_dtype
+from saccade.triton_dispatch import on_device_of
+
+# Rows of features that a window has on average: enough windows that the last ones to finish leave no GPU idle.
+_ROWS_OF_WINDOW = 28
+
+# Rows with fewer records than this are never divided between windows, and a window that begins with the row after such
+# a one works its records out again rather than wait for what the window before it has to say.
+_FEW = tl.constexpr(8)
+
+# Scratch memory: a share of what features and weights and their gradients take, or this many bytes; and where one
+# sample needs more, as much as that.
+_SCRATCH_SHARE, _SCRATCH_BYTES = 0.12, 128 << 20
+
+
+@triton.jit
+def _row_of(level, sample, row, samples, map_rows):
+    """Number of a map's row among those of all samples and maps, map by map, within a map sample by sample."""
+    first = samples * map_rows[0]
+    result = sample * map_rows[0] + row
+    for other in tl.static_range(1, len(map_rows)):
+        result = tl.where(level == other, first + sample * map_rows[other] + row, result)
+        first += samples * map_rows[other]
+    return result
+
+
+@triton.jit
+def _address_of(maps, row, samples, map_rows, C: tl.constexpr):
+    """Where a row numbered by `_row_of` lies in memory, and the number after the last row of its map."""
+    row = row.to(tl.int64)
+    source = maps[0] + row * C
+    stop = samples * map_rows[0]
+    first = stop
+    for other in tl.static_range(1, len(maps)):
+        source = tl.where(row >= first, maps[other] + (row - first) * C, source)
+        stop = tl.where(row >= first, first + samples * map_rows[other], stop)
+        first += samples * map_rows[other]
+    return source, stop
+
+
+@triton.jit
+def _touched_row(x, y, height, width, start, level, lower, map_rows, COMPUTE: tl.constexpr):
+    """What the upper or lower two corners of points contribute to.
+
+    Returns:
+        row: of the first corner that exists.
+        first, second: shares of this corner and the one after it in what both take. `second` is negative if the latter
+            does not exist: -1 at the right border, -2 at the left one, where the first corner is the right one.
+        share: what both take of the point.
+        exists: whether one of the corners does.
+    """
+    rows = map_rows[0]
+    for other in tl.static_range(1, len(map_rows)):
+        rows = tl.where(level == other, map_rows[other], rows)
+    j, du = pixel_before(x, width, COMPUTE)
+    i, dv = pixel_before(y, height, COMPUTE)
+    i += lower
+    row = start + i.to(tl.int64) * width + j
+    in_map = (i >= 0) & (i < height)
+    left = in_map & (j >= 0) & (j < width) & (row >= 0) & (row < rows)
+    right = in_map & (j + 1 >= 0) & (j + 1 < width) & (row + 1 >= 0) & (row + 1 < rows)
+    first = tl.where(left, 1 - du, du)
+    second = tl.where(left, tl.where(right, du, -1.0), -2.0)
+    return tl.where(left, row, row + 1), first, second, tl.where(lower == 1, dv, 1 - dv), left | right
+
+
+@triton.jit
+def _block_of_points(
+    location, points, N: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """A block of points in the camera of this program, and the numbers of their records: (BLOCK, L, 2) tensors."""
+    camera = tl.program_id(0) % N
+    point = (tl.program_id(0) // N).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None, None]
+    level = tl.arange(0, BLOCK_L)[None, :, None]
+    pair = point * N + camera
+    x = tl.load(location + pair * 2, mask=point < points, other=0).to(COMPUTE)
+    y = tl.load(location + pair * 2 + 1, mask=point < points, other=0).to(COMPUTE)
+    return point, camera, level, (pair * L + level) * 2 + tl.arange(0, 2)[None, None, :], x, y
+
+
+@triton.jit
+def _any(flags):
+    return tl.max(tl.max(tl.max(flags.to(tl.int32), 2), 1), 0) > 0
+
+
+@triton.jit
+def _count_kernel(
+    spatial_shape, scale_start_index, location, counts, slots, points, points_of_sample, samples, map_rows,
+    N: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Count the records of each row."""
+    point, camera, level, record, x, y = _block_of_points(location, points, N, L, BLOCK_L, BLOCK, COMPUTE)
+    visible = is_visible(x, y)
+    if _any(visible):
+        height, width, start = load_map(spatial_shape, scale_start_index, camera * L + level, level < L)
+        lower = tl.arange(0, 2)[None, None, :]
+        row, _, _, _, exists = _touched_row(x, y, height, width, start, level, lower, map_rows, COMPUTE)
+        exists &= visible & (level < L)
+        row = _row_of(level, point // points_of_sample, row, samples, map_rows)
+        slot = tl.atomic_add(counts + 1 + row, 1, mask=exists, sem="relaxed")
+        tl.store(slots + record, slot, mask=exists)
+
+
+@triton.jit
+def _place_kernel(
+    spatial_shape, scale_start_index, location, begins, slots, placed, points, points_of_sample, samples, map_rows,
+    N: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Put the records of each row side by side, in no particular order."""
+    point, camera, level, record, x, y = _block_of_points(location, points, N, L, BLOCK_L, BLOCK, COMPUTE)
+    visible = is_visible(x, y)
+    if _any(visible):
+        height, width, start = load_map(spatial_shape, scale_start_index, camera * L + level, level < L)
+        lower = tl.arange(0, 2)[None, None, :]
+        row, _, _, _, exists = _touched_row(x, y, height, width, start, level, lower, map_rows, COMPUTE)
+        exists &= visible & (level < L)
+        row = _row_of(level, point // points_of_sample, row, samples, map_rows)
+        position = tl.load(begins + row, mask=exists, other=0) + tl.load(slots + record, mask=exists, other=0)
+        tl.store(placed + position, record.to(placed.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _order_kernel(
+    spatial_shape, scale_start_index, location, begins, placed, ordered, shares, total, pairs_of_sample, samples,
+    map_rows, N: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Put the records of each row in the order of their numbers: so that sums over them are the same in every run."""
+    total = tl.load(total)
+    for block in range(tl.program_id(0), tl.cdiv(total, BLOCK), tl.num_programs(0)):
+        position = block * BLOCK + tl.arange(0, BLOCK)
+        mask = position < total
+        record = tl.load(placed + position, mask=mask, other=0)
+        lower = (record % 2).to(tl.int32)
+        level = (record // 2 % L).to(tl.int32)
+        pair = (record // (2 * L)).to(tl.int64)
+        x = tl.load(location + pair * 2, mask=mask, other=0.5).to(COMPUTE)
+        y = tl.load(location + pair * 2 + 1, mask=mask, other=0.5).to(COMPUTE)
+        index = (pair % N).to(tl.int32) * L + level
+        height, width, start = load_map(spatial_shape, scale_start_index, index, mask)
+        row, first, second, share, _ = _touched_row(x, y, height, width, start, level, lower, map_rows, COMPUTE)
+        row = _row_of(level, pair // pairs_of_sample, row, samples, map_rows)
+        begin = tl.load(begins + row, mask=mask, other=0)
+        size = tl.load(begins + row + 1, mask=mask, other=0) - begin
+        rank = begin
+        for offset in range(0, tl.max(size), 4):  # four loads are under way at a time
+            for step in tl.static_range(4):
+                among = mask & (offset + step < size)
+                neighbour = tl.load(placed + begin + offset + step, mask=among, other=0)
+                rank += (among & (neighbour < record)).to(rank.dtype)
+        tl.store(ordered + rank, record, mask=mask)
+        entry = rank.to(tl.int64) * 3
+        tl.store(shares + entry, first, mask=mask)
+        tl.store(shares + entry + 1, second, mask=mask)
+        tl.store(shares + entry + 2, share, mask=mask)
+
+
+@triton.jit
+def _split_kernel(begins, window_rows, window_positions, rows, windows, COST: tl.constexpr, WINDOWS: tl.constexpr):
+    """Where windows of equal work begin: in which row, at which record. A row costs 1 to write, a record COST."""
+    window = tl.program_id(0) * WINDOWS + tl.arange(0, WINDOWS)[:, None]  # (WINDOWS, 1)
+    lane = tl.arange(0, 32)[None, :]
+    work = rows + COST * tl.load(begins + rows).to(tl.int64)
+    target = work * window // windows
+    # The last row with at most `target` of work before it, by a search that divides by 32.
+    low = window * 0
+    high = low + rows
+    while tl.max(high - low) > 0:
+        step = (high - low + 31) // 32
+        probe = tl.minimum(low + (lane + 1) * step, high)
+        before = probe + COST * tl.load(begins + probe).to(tl.int64)
+        reached = tl.sum((before <= target).to(tl.int32), 1, keep_dims=True)
+        high = tl.where(reached < 32, tl.minimum(low + (reached + 1) * step, high) - 1, high)
+        low = tl.minimum(low + reached * step, high)
+    begin, end = tl.load(begins + low), tl.load(begins + tl.minimum(low + 1, rows))
+    skipped = ((target - low - COST * begin.to(tl.int64)) // COST).to(begin.dtype)
+    position = tl.where(end - begin < _FEW, begin, tl.minimum(begin + skipped, end))
+    tl.store(window_rows + window, low, mask=window <= windows)
+    tl.store(window_positions + window, position, mask=window <= windows)
+
+
+@triton.jit
+def _load_record(
+    position, exists, grad_output, weights, ordered, shares, columns, in_row, group,
+    PAIRS: tl.constexpr, L: tl.constexpr, G: tl.constexpr, C: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    record = tl.load(ordered + position, mask=exists, other=0)
+    entry = position.to(tl.int64) * 3
+    first = tl.load(shares + entry, mask=exists, other=0)
+    second = tl.load(shares + entry + 1, mask=exists, other=0)
+    share = tl.load(shares + entry + 2, mask=exists, other=0)
+    anchor = (record // (2 * L * PAIRS)).to(tl.int64)
+    incoming = tl.load(grad_output + anchor * C + columns, mask=in_row & exists, other=0)  # (H, G, C / G / H)
+    weight = tl.load(weights + record.to(tl.int64) // 2 * G + group, mask=(group < G) & exists, other=0).to(COMPUTE)
+    return record, first, second, share, incoming, weight
+
+
+@triton.jit
+def _shared_rows(begins, first_row, position):
+    """How many rows from its first one on a window shares with others."""
+    begin = tl.load(begins + first_row)
+    before = tl.load(begins + tl.maximum(first_row - 1, 0))
+    return tl.where(position > begin, 2, tl.where(begin - before < _FEW, 0, 1))
+
+
+@triton.jit
+def _gather_kernel(
+    maps, grad_output, weights, begins, ordered, shares, window_rows, window_positions,
+    grad_maps, partial, along, across, samples, map_rows,
+    PAIRS: tl.constexpr, L: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    NEED_FEATURES: tl.constexpr, NEED_REST: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Go through the rows and records of one window."""
+    window = tl.program_id(0)
+    first_row, last_row = tl.load(window_rows + window), tl.load(window_rows + window + 1)
+    position, last = tl.load(window_positions + window), tl.load(window_positions + window + 1)
+    shared = _shared_rows(begins, first_row, position)
+    columns, in_row = row_columns(G, C, BLOCK_H, BLOCK_G, BLOCK_C)
+    group = tl.arange(0, BLOCK_G)
+    partial += window.to(tl.int64) * (4 * C) + columns
+    here = tl.zeros([BLOCK_H, BLOCK_G, BLOCK_C], COMPUTE)  # gradient of the row
+    after = here  # what the row after it has got so far
+    feature, following = here, here
+    if NEED_FEATURES:
+        if (shared == 0) & ((first_row < last_row) | (position < last)):
+            earlier = tl.load(begins + tl.maximum(first_row - 1, 0))
+            while earlier < position:
+                _, _, second, share, incoming, weight = _load_record(
+                    earlier, True, grad_output, weights, ordered, shares, columns, in_row, group,
+                    PAIRS, L, G, C, COMPUTE,
+                )  # fmt: skip
+                if second >= 0:
+                    here = tl.fma(incoming.to(COMPUTE) * (weight * share)[None, :, None], second, here)
+                earlier += 1
+    record, first, second, share, incoming, weight = _load_record(
+        position, position < last, grad_output, weights, ordered, shares, columns, in_row, group,
+        PAIRS, L, G, C, COMPUTE,
+    )  # fmt: skip
+    for step in range(last_row - first_row + 1):
+        row = first_row + step
+        end = tl.minimum(tl.load(begins + row + 1, mask=row < last_row, other=last), last)
+        after = tl.zeros([BLOCK_H, BLOCK_G, BLOCK_C], COMPUTE)
+        if position < end:
+            if NEED_REST:
+                source, stop = _address_of(maps, row, samples, map_rows, C)
+                feature = tl.load(source + columns, mask=in_row, other=0).to(COMPUTE)
+                following = tl.load(source + C + columns, mask=in_row & (row + 1 < stop), other=0).to(COMPUTE)
+            while position < end:
+                position += 1  # the next record is asked for before this one is worked on
+                next_record, next_first, next_second, next_share, next_incoming, next_weight = _load_record(
+                    position, position < last, grad_output, weights, ordered, shares, columns, in_row, group,
+                    PAIRS, L, G, C, COMPUTE,
+                )  # fmt: skip
+                grad = incoming.to(COMPUTE)
+                if NEED_FEATURES:
+                    scaled = grad * (weight * share)[None, :, None]
+                    here = tl.fma(scaled, first, here)
+                    if second >= 0:
+                        after = tl.fma(scaled, second, after)
+                if NEED_REST:
+                    near = tl.sum(tl.sum(grad * feature, 0), 1)  # (G,)
+                    far = tl.where(second >= 0, tl.sum(tl.sum(grad * following, 0), 1), 0)
+                    sample = first * near + tl.maximum(second, 0.0) * far
+                    tl.store(along + record.to(tl.int64) * G + group, sample, mask=group < G)
+                    slope = tl.where(second == -2, near, far - near)
+                    tl.store(across + record, tl.sum(weight * slope, 0))
+                record, first, second, share = next_record, next_first, next_second, next_share
+                incoming, weight = next_incoming, next_weight
+        if NEED_FEATURES:
+            if row < last_row:
+                if step < shared:
+                    tl.store(partial + step * C, here, mask=in_row)
+                else:
+                    target, _ = _address_of(grad_maps, row, samples, map_rows, C)
+                    tl.store(target + columns, here.to(grad_maps[0].dtype.element_ty), mask=in_row)
+                here = after
+    if NEED_FEATURES:
+        next_shared = _shared_rows(begins, last_row, last)
+        # What the window says of the row where the next one begins and the row after that. If these are also among its
+        # own first two, it says so there.
+        if next_shared > 0:
+            tl.store(partial + tl.where(last_row <= first_row + 1, last_row - first_row, 2) * C, here, mask=in_row)
+        if next_shared > 1:
+            tl.store(partial + tl.where(last_row == first_row, 1, 3) * C, after, mask=in_row)
+
+
+@triton.jit
+def _join_kernel(
+    begins, window_rows, window_positions, partial, grad_maps, rows, windows, samples, map_rows,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Sum what windows say of the rows that one shares with others, unless an earlier one shares them too."""
+    window = tl.program_id(0)
+    first = tl.load(window_rows + window)
+    shared = _shared_rows(begins, first, tl.load(window_positions + window))
+    if shared > 0:
+        before = tl.maximum(window - 1, 0)
+        first_before = tl.load(window_rows + before)
+        shared_before = _shared_rows(begins, first_before, tl.load(window_positions + before))
+        row = first + tl.arange(0, 2)[None, :, None]
+        mine = (row < first + shared) & (row < rows) & ((window == 0) | (row >= first_before + shared_before))
+        channel = tl.arange(0, BLOCK_C)[None, None, :]
+        total = tl.zeros([1, 2, BLOCK_C], COMPUTE)
+        begin = first_before
+        while (before < windows) & (begin < first + shared):  # some windows at a time
+            other = before + tl.arange(0, AHEAD)[:, None, None]
+            start = tl.load(window_rows + other, mask=other < windows, other=rows)
+            end = tl.load(window_rows + other + 1, mask=other < windows, other=rows)
+            slot = tl.where(row <= start + 1, row - start, row - end + 2)  # (AHEAD, 2, 1)
+            says = mine & (other < windows) & (row >= start) & (slot >= 0) & (slot < 4)
+            source = partial + (other.to(tl.int64) * 4 + slot) * C + channel
+            total += tl.sum(tl.load(source, mask=says & (channel < C), other=0), 0, keep_dims=True)
+            before += AHEAD
+            begin = tl.load(window_rows + tl.minimum(before, windows))
+        target, _ = _address_of(grad_maps, row, samples, map_rows, C)
+        tl.store(target + channel, total.to(grad_maps[0].dtype.element_ty), mask=mine & (channel < C))
+
+
+@triton.jit
+def _combine_kernel(
+    spatial_shape, scale_start_index, location, weights, along, across, grad_location, grad_weights, points, map_rows,
+    N: tl.constexpr, L: tl.constexpr, G: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK: tl.constexpr, NEED_LOCATION: tl.constexpr, NEED_WEIGHTS: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Put together what the two records of a point on a level say of it."""
+    camera = tl.program_id(0) % N
+    point = (tl.program_id(0) // N).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None, None]  # (BLOCK, 1, 1)
+    pair = point * N + camera
+    level = tl.arange(0, BLOCK_L)[None, :, None]
+    group = tl.arange(0, BLOCK_G)[None, None, :]
+    mask = point < points
+    x = tl.load(location + pair * 2, mask=mask, other=0).to(COMPUTE)
+    y = tl.load(location + pair * 2 + 1, mask=mask, other=0).to(COMPUTE)
+    visible = is_visible(x, y) & (level < L)  # (BLOCK, L, 1)
+    entry = (pair * L + level) * G + group  # (BLOCK, L, G)
+    in_entry = mask & (level < L) & (group < G)
+    grad_weight = tl.zeros([BLOCK, BLOCK_L, BLOCK_G], COMPUTE)
+    grad_x = tl.zeros([BLOCK, BLOCK_L, 1], COMPUTE)
+    grad_y = tl.zeros([BLOCK, BLOCK_L, 1], COMPUTE)
+    if _any(visible):
+        height, width, start = load_map(spatial_shape, scale_start_index, camera * L + level, level < L)
+        weight = tl.zeros([BLOCK, BLOCK_L, BLOCK_G], COMPUTE)
+        if NEED_LOCATION:
+            weight = tl.load(weights + entry, mask=in_entry & visible, other=0).to(COMPUTE)
+        for lower in tl.static_range(2):
+            _, _, _, share, exists = _touched_row(
+                x, y, height, width, start, level, tl.full([BLOCK, BLOCK_L, 1], lower, tl.int32), map_rows, COMPUTE
+            )
+            exists &= visible
+            record = (pair * L + level) * 2 + lower
+            sample = tl.load(along + record * G + group, mask=in_entry & exists, other=0)
+            grad_weight += tl.where(exists, share, 0) * sample
+            if NEED_LOCATION:
+                slope = tl.load(across + record, mask=exists, other=0)
+                grad_x += tl.where(exists, width.to(COMPUTE) * share * slope, 0)
+                value = tl.where(exists, tl.sum(weight * sample, 2, keep_dims=True) * height.to(COMPUTE), 0)
+                grad_y += value if lower else -value
+    if NEED_WEIGHTS:
+        tl.store(grad_weights + entry, grad_weight.to(grad_weights.dtype.element_ty), mask=in_entry)
+    if NEED_LOCATION:
+        target = grad_location + pair * 2
+        tl.store(target, tl.sum(grad_x, 1, keep_dims=True).to(grad_location.dtype.element_ty), mask=mask)
+        tl.store(target + 1, tl.sum(grad_y, 1, keep_dims=True).to(grad_location.dtype.element_ty), mask=mask)
+
+
+def _samples_at_once(maps: Sequence[Tensor], weights: Tensor, bytes_of_sample: int) -> int:
+    """Into how many equal parts the batch is cut, so that scratch memory stays within bounds."""
+    batch = weights.shape[0]
+    budget = max(_SCRATCH_BYTES, int(_SCRATCH_SHARE * 2 * (sum(m.nbytes for m in maps) + weights.nbytes)))
+    at_most = max(1, min(batch, budget // bytes_of_sample))
+    return triton.cdiv(batch, triton.cdiv(batch, at_most))
+
+
+def deformable_aggregation_backward(
+    grad_output: Tensor,  # (B, A, C)
+    maps: Sequence[Tensor],  # one (B, S, C), or for each level (B, rows of the level, C)
+    spatial_shape: Tensor,  # (N, L, 2)
+    scale_start_index: Tensor,  # (N, L), rows within the map that holds the level
+    sampling_location: Tensor,  # (B, A, K, N, 2)
+    weights: Tensor,  # (B, A, K, N, L, G)
+    needed: Sequence[bool],  # features, locations, weights
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Gradients of maps, locations and weights; an empty tensor for one that is not needed."""
+    batch, anchors, points, cameras, levels, groups = weights.shape
+    channels = maps[0].shape[2]
+    need_features, need_location, need_weights = needed
+    need_rest = need_location or need_weights
+    dtype = compute_dtype(maps[0], sampling_location, weights)
+    grad_maps = [m.new_empty(m.shape if need_features else 0) for m in maps]
+    grad_location = sampling_location.new_empty(sampling_location.shape if need_location else 0)
+    grad_weights = weights.new_empty(weights.shape if need_weights else 0)
+
+    maps, grad_output = [m.contiguous() for m in maps], grad_output.contiguous()
+    sampling_location, weights = sampling_location.contiguous(), weights.contiguous()
+    of_maps = (spatial_shape.contiguous(), scale_start_index.contiguous())
+    map_rows = tuple(m.shape[1] for m in maps)
+    of_sample = anchors * points * cameras * levels * 2  # records
+    at_once = _samples_at_once(
+        maps, weights, of_sample * (2 * 4 + dtype.itemsize * (3 + (groups + 1 if need_rest else 0)))
+    )
+    most_records, most_rows = at_once * of_sample, at_once * sum(map_rows)
+    index = torch.int32 if max(most_records, most_rows) < 2**31 else torch.int64
+    windows = triton.cdiv(most_rows, _ROWS_OF_WINDOW)
+
+    new_empty = maps[0].new_empty
+    counts = new_empty(most_rows + 1, dtype=torch.int32)
+    placed, ordered = new_empty(most_records, dtype=index), new_empty(most_records, dtype=index)
+    shares = new_empty(most_records, 3, dtype=dtype)
+    along = new_empty(most_records if need_rest else 0, groups, dtype=dtype)
+    across = new_empty(most_records if need_rest else 0, dtype=dtype)
+    window_rows, window_positions = new_empty(windows + 1, dtype=index), new_empty(windows + 1, dtype=index)
+    partial = new_empty(windows if need_features else 0, 4, channels, dtype=dtype)
+
+    block_l, block_g = triton.next_power_of_2(levels), triton.next_power_of_2(groups)
+    of_points = dict(N=cameras, L=levels, COMPUTE=TRITON_DTYPE[dtype], enable_fp_fusion=False)
+    for b in range(0, batch, at_once):
+        samples = min(at_once, batch - b)
+        rows, of_batch = samples * sum(map_rows), samples * anchors * points
+        location, weight = sampling_location[b:], weights[b:]
+        maps_here = tuple(m[b:] for m in maps)
+        grads_here = tuple(grad[b:] for grad in grad_maps) if need_features else maps_here  # which are not written
+        blocks = (triton.cdiv(of_batch, 16) * cameras,)
+        sizes = (of_batch, anchors * points, samples, map_rows)
+        with on_device_of(grad_output):
+            counts.zero_()
+            slots = ordered  # which is not in use yet
+            _count_kernel[blocks](
+                *of_maps, location, counts, slots, *sizes, BLOCK_L=block_l, BLOCK=16, **of_points, num_warps=1
+            )
+            begins = torch.cumsum(counts[: rows + 1], 0, dtype=index)
+            _place_kernel[blocks](
+                *of_maps, location, begins, slots, placed, *sizes, BLOCK_L=block_l, BLOCK=16, **of_points, num_warps=1
+            )
+            _order_kernel[(min(triton.cdiv(samples * of_sample, 128), 2048),)](
+                *of_maps, location, begins, placed, ordered, shares, begins[-1:], anchors * points * cameras, samples,
+                map_rows, BLOCK=128, **of_points,
+            )  # fmt: skip
+            _split_kernel[(triton.cdiv(windows + 1, 4),)](
+                begins, window_rows, window_positions, rows, windows, COST=3, WINDOWS=4
+            )
+            _gather_kernel[(windows,)](
+                maps_here, grad_output[b:], weight, begins, ordered, shares, window_rows, window_positions,
+                grads_here, partial, along, across, samples, map_rows,
+                PAIRS=points * cameras, L=levels, G=groups, C=channels,
+                **row_tile(channels, groups, maps[0].element_size()),
+                NEED_FEATURES=need_features, NEED_REST=need_rest, COMPUTE=TRITON_DTYPE[dtype], num_warps=1,
+            )  # fmt: skip
+            if need_features:
+                _join_kernel[(windows,)](
+                    begins, window_rows, window_positions, partial, grads_here, rows, windows, samples, map_rows,
+                    C=channels, BLOCK_C=triton.next_power_of_2(channels), AHEAD=2, COMPUTE=TRITON_DTYPE[dtype], num_warps=1,
+                )  # fmt: skip
+            if need_rest:
+                _combine_kernel[(triton.cdiv(of_batch, 8) * cameras,)](
+                    *of_maps, location, weight, along, across, grad_location[b:], grad_weights[b:], of_batch, map_rows,
+                    G=groups, BLOCK_L=block_l, BLOCK_G=block_g, BLOCK=8,
+                    NEED_LOCATION=need_location, NEED_WEIGHTS=need_weights, **of_points, num_warps=2,
+                )  # fmt: skip
+    return grad_maps, grad_location, grad_weights

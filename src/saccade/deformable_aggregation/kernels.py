@@ -1,0 +1,244 @@
+"""Triton kernels of deformable aggregation, forward. The backward ones are in ``backward_kernels.py``.
+
+TODO-OPENING
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saccade.precision import compute_dtype
+from saccade.triton_dispatch import on_device_of
+
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+# By bytes of a feature: key points whose samples are listed together; warps that share an anchor's samples; and how
+# many programs are enough, so that one sums all of an anchor's segments. What was fastest on an H200.
+_SEGMENT = {2: 8, 4: 32, 8: 32}
+_WARPS = {2: 2, 4: 8, 8: 8}
+_ENOUGH_PROGRAMS = {2: 16384, 4: 8192, 8: 8192}
+
+
+@triton.jit
+def is_visible(x, y):
+    """Whether a point lies inside an image; false for NaN."""
+    return (x > 0) & (x < 1) & (y > 0) & (y < 1)
+
+
+@triton.jit
+def pixel_before(fraction, size, COMPUTE: tl.constexpr):
+    """Integer position left of (above) a point, and how far beyond it the point lies.
+
+    Kernels that use it are compiled without fusing multiplication and subtraction: all must find the same pixel, which
+    is that of the reference.
+    """
+    position = fraction * size.to(COMPUTE) - 0.5
+    floor = tl.floor(position)
+    return floor.to(tl.int32), position - floor
+
+
+@triton.jit
+def load_map(spatial_shape, scale_start_index, index, mask):
+    """Height, width and first row of maps. Sides that 32 bits cannot tell are cut: most of such a map does not exist."""
+    height = tl.load(spatial_shape + index * 2, mask=mask, other=0)
+    width = tl.load(spatial_shape + index * 2 + 1, mask=mask, other=0)
+    height = tl.minimum(tl.maximum(height, 0), 2147483647).to(tl.int32)
+    width = tl.minimum(tl.maximum(width, 0), 2147483647).to(tl.int32)
+    return height, width, tl.load(scale_start_index + index, mask=mask, other=0).to(tl.int64)
+
+
+@triton.jit
+def row_columns(G: tl.constexpr, C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Which channels of a row each element of a (BLOCK_H, BLOCK_G, BLOCK_C) tile is, and which of them exist.
+
+    A group's channels lie along the first and the last axis, for the second axis in turned order: so a warp that reads
+    the tile one step of the first axis at a time finds all memory banks, and each of its threads has one group only.
+    """
+    group = tl.arange(0, BLOCK_G)[None, :, None]
+    channel = (tl.arange(0, BLOCK_H)[:, None, None] + group) % BLOCK_H * BLOCK_C + tl.arange(0, BLOCK_C)[None, None, :]
+    return group * (C // G) + channel, (group < G) & (channel < C // G)
+
+
+@triton.jit
+def _plan_kernel(
+    spatial_shape, scale_start_index, location, counts, wheres, shares, map_rows,
+    K: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr, SEGMENT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """List the samples of one segment of an anchor's key points: of the cameras that see it, on every level.
+
+    Of each sample: row of its upper left corner, rows from there to the corner below, twice the number of its weight
+    plus rows to the corner beside (-1 if it has no corner at all); and the shares of the four corners (-1 for one that
+    does not exist).
+    """
+    segment = tl.program_id(0).to(tl.int64)
+    SEGMENTS: tl.constexpr = (K + SEGMENT - 1) // SEGMENT
+    point = (segment % SEGMENTS).to(tl.int32) * SEGMENT + tl.arange(0, SEGMENT)[:, None]  # (SEGMENT, 1)
+    level = tl.arange(0, BLOCK_L)[None, :]
+    location += segment // SEGMENTS * (K * N * 2)
+    total = 0
+    for camera in range(N):
+        pair = point * N + camera
+        x = tl.load(location + pair * 2, mask=point < K, other=0).to(COMPUTE)
+        y = tl.load(location + pair * 2 + 1, mask=point < K, other=0).to(COMPUTE)
+        visible = is_visible(x, y)
+        flag = visible.to(tl.int32)
+        seen = tl.sum(tl.sum(flag, 1), 0)
+        if seen > 0:
+            rank = tl.cumsum(flag, 0) - flag
+            height, width, start = load_map(spatial_shape, scale_start_index, camera * L + level, level < L)
+            rows = map_rows[0]
+            for other in tl.static_range(1, len(map_rows)):
+                rows = tl.where(level == other, map_rows[other], rows)
+            j, du = pixel_before(x, width, COMPUTE)  # (SEGMENT, L)
+            i, dv = pixel_before(y, height, COMPUTE)
+            left, right = (j >= 0) & (j < width), (j + 1 >= 0) & (j + 1 < width)
+            upper, lower = (i >= 0) & (i < height), (i + 1 >= 0) & (i + 1 < height)
+            # Where only one of two columns (rows) of corners exists, it is taken twice with half of its share: so the
+            # main kernel reads four corners always, and an infinite feature still comes out as infinite.
+            beside, half_x = left & right, tl.where(left, 1 - du, du) / 2
+            share_left, share_right = tl.where(beside, 1 - du, half_x), tl.where(beside, du, half_x)
+            below, half_y = upper & lower, tl.where(upper, 1 - dv, dv) / 2
+            share_upper, share_lower = tl.where(below, 1 - dv, half_y), tl.where(below, dv, half_y)
+            across, down = beside.to(tl.int32), below.to(tl.int32) * width
+            row = start + (i + tl.where(upper, 0, 1)).to(tl.int64) * width + j + tl.where(left, 0, 1)
+            # A row that the features do not have counts as a corner that does not exist: with wrong starts or sizes.
+            in_map = visible & (left | right) & (upper | lower)
+            corners = 0
+            entry = (segment * (SEGMENT * N * L) + total + level * seen + rank) * 4
+            mask = visible & (level < L)
+            for corner in tl.static_range(4):
+                at = row + (across if corner % 2 else 0) + (down if corner // 2 else 0)
+                exists = in_map & (at >= 0) & (at < rows)
+                share = (share_lower if corner // 2 else share_upper) * (share_right if corner % 2 else share_left)
+                tl.store(shares + entry + corner, tl.where(exists, share, -1), mask=mask)
+                corners += exists.to(tl.int32)
+            which = tl.where(corners > 0, ((pair * L + level) * 2 + across).to(wheres.dtype.element_ty), -1)
+            tl.store(wheres + entry, tl.where(corners > 0, row, 0).to(wheres.dtype.element_ty), mask=mask)
+            tl.store(wheres + entry + 1, tl.where(corners > 0, down, 0).to(wheres.dtype.element_ty), mask=mask)
+            tl.store(wheres + entry + 2, which, mask=mask)
+        total += seen * L
+    tl.store(counts + segment, total)
+
+
+@triton.jit
+def _load_sample(wheres, shares, entry, exists):
+    row = tl.load(wheres + entry * 4, mask=exists, other=0).to(tl.int64)
+    down = tl.load(wheres + entry * 4 + 1, mask=exists, other=0)
+    which = tl.load(wheres + entry * 4 + 2, mask=exists, other=-1)
+    s00, s01 = (
+        tl.load(shares + entry * 4, mask=exists, other=-1),
+        tl.load(shares + entry * 4 + 1, mask=exists, other=-1),
+    )
+    s10 = tl.load(shares + entry * 4 + 2, mask=exists, other=-1)
+    s11 = tl.load(shares + entry * 4 + 3, mask=exists, other=-1)
+    return row, down, which, s00, s01, s10, s11
+
+
+@triton.jit
+def _aggregate_kernel(
+    maps, weights, counts, wheres, shares, output, anchors, map_rows,
+    K: tl.constexpr, N: tl.constexpr, L: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    SEGMENT: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Sum the listed samples of an anchor, or of one of PARTS parts of its segments; each warp takes some."""
+    SEGMENTS: tl.constexpr = (K + SEGMENT - 1) // SEGMENT
+    part = tl.program_id(0) % PARTS
+    anchor = (tl.program_id(0) // PARTS).to(tl.int64)
+    sample = anchor // anchors
+    columns, in_row = row_columns(G, C, BLOCK_H, BLOCK_G, BLOCK_C)
+    columns, in_row = columns[:, None], in_row[:, None]  # (H, 1, G, C / G / H)
+    group = tl.arange(0, BLOCK_G)[None, None, :, None]
+    warp = tl.arange(0, WARPS)[None, :, None, None]
+    from_weights = weights + anchor * (K * N * L * G) + group
+    total = tl.zeros([BLOCK_H, WARPS, BLOCK_G, BLOCK_C], COMPUTE)
+    for segment in range(part * SEGMENTS // PARTS, (part + 1) * SEGMENTS // PARTS):
+        count = tl.load(counts + anchor * SEGMENTS + segment)
+        begin = (anchor * SEGMENTS + segment) * (SEGMENT * N * L)
+        row, down, which, s00, s01, s10, s11 = _load_sample(wheres, shares, begin + warp, warp < count)
+        for first in range(0, count, WARPS):
+            weight = tl.load(from_weights + which // 2 * G, mask=(group < G) & (which >= 0), other=0).to(
+                COMPUTE
+            )  # (1, WARPS, G, 1)
+            source = maps[0] + (sample * map_rows[0] + row) * C
+            for level in tl.static_range(1, len(maps)):
+                here = maps[level] + (sample * map_rows[level] + row) * C
+                source = tl.where(which // 2 % L == level, here, source)
+            source += columns
+            across = which % 2 * C
+            f00 = tl.load(source, mask=in_row & (s00 >= 0), other=0).to(COMPUTE)
+            f01 = tl.load(source + across, mask=in_row & (s01 >= 0), other=0).to(COMPUTE)
+            source += down.to(tl.int64) * C
+            f10 = tl.load(source, mask=in_row & (s10 >= 0), other=0).to(COMPUTE)
+            f11 = tl.load(source + across, mask=in_row & (s11 >= 0), other=0).to(COMPUTE)
+            w00, w01, w10, w11 = weight * s00, weight * s01, weight * s10, weight * s11
+            after = first + WARPS + warp  # asked for before these features are waited for
+            row, down, which, s00, s01, s10, s11 = _load_sample(wheres, shares, begin + after, after < count)
+            total = tl.fma(f00, w00, total)
+            total = tl.fma(f01, w01, total)
+            total = tl.fma(f10, w10, total)
+            total = tl.fma(f11, w11, total)
+    target = output + (part.to(tl.int64) * (tl.num_programs(0) // PARTS) + anchor) * C + columns
+    tl.store(target, tl.sum(total, 1, keep_dims=True).to(output.dtype.element_ty), mask=in_row)
+
+
+@triton.jit
+def _sum_parts_kernel(parts, output, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.load(parts + element, mask=element < size, other=0)
+    for part in range(1, PARTS):
+        total += tl.load(parts + part * size + element, mask=element < size, other=0)
+    tl.store(output + element, total.to(output.dtype.element_ty), mask=element < size)
+
+
+def row_tile(channels: int, groups: int, itemsize: int) -> dict[str, int]:
+    """How one warp reads a row of features: each thread 16 bytes at a time of the channels of one group."""
+    block_g, block_c = triton.next_power_of_2(groups), triton.next_power_of_2(channels // groups)
+    at_once = min(block_c, 16 // itemsize * max(1, 32 // block_g))
+    return dict(BLOCK_H=block_c // at_once, BLOCK_G=block_g, BLOCK_C=at_once)
+
+
+def deformable_aggregation(
+    maps: Sequence[Tensor],  # one (B, S, C), or for each level (B, rows of the level, C)
+    spatial_shape: Tensor,  # (N, L, 2)
+    scale_start_index: Tensor,  # (N, L), rows within the map that holds the level
+    sampling_location: Tensor,  # (B, A, K, N, 2)
+    weights: Tensor,  # (B, A, K, N, L, G)
+) -> Tensor:  # (B, A, C)
+    """See ``saccade.deformable_aggregation``."""
+    batch, anchors, points, cameras, levels, groups = weights.shape
+    channels = maps[0].shape[2]
+    dtype = compute_dtype(maps[0], sampling_location, weights)
+    itemsize = maps[0].element_size()
+    segment, warps = min(_SEGMENT[itemsize], triton.next_power_of_2(points)), _WARPS[itemsize]
+    segments = triton.cdiv(points, segment)
+    parts = max(1, min(segments, _ENOUGH_PROGRAMS[itemsize] // (batch * anchors)))
+    samples = batch * anchors * segments * segment * cameras * levels
+    row_dtype = torch.int32 if max(m.shape[1] for m in maps) < 2**31 else torch.int64
+
+    new_empty = maps[0].new_empty
+    output = new_empty(batch, anchors, channels)
+    summed = output if parts == 1 else new_empty(parts, batch, anchors, channels, dtype=dtype)
+    counts = new_empty(batch * anchors * segments, dtype=torch.int32)
+    wheres, shares = new_empty(samples, 4, dtype=row_dtype), new_empty(samples, 4, dtype=dtype)
+    map_rows = tuple(m.shape[1] for m in maps)
+    of_points = dict(K=points, N=cameras, L=levels, SEGMENT=segment, COMPUTE=TRITON_DTYPE[dtype])
+    with on_device_of(output):
+        _plan_kernel[(batch * anchors * segments,)](
+            spatial_shape.contiguous(), scale_start_index.contiguous(), sampling_location.contiguous(),
+            counts, wheres, shares, map_rows, BLOCK_L=triton.next_power_of_2(levels), **of_points,
+            num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
+        _aggregate_kernel[(batch * anchors * parts,)](
+            tuple(m.contiguous() for m in maps), weights.contiguous(), counts, wheres, shares, summed, anchors,
+            map_rows, G=groups, C=channels, **row_tile(channels, groups, itemsize), PARTS=parts, WARPS=warps,
+            **of_points, num_warps=warps,
+        )  # fmt: skip
+        if parts > 1:
+            grid = (triton.cdiv(output.numel(), 1024),)
+            _sum_parts_kernel[grid](summed, output, output.numel(), PARTS=parts, BLOCK=1024)
+    return output
