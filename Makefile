@@ -11,6 +11,7 @@ demo: $(VENV)/demo-ready  ## train a small multi-camera detector with every oper
 
 test: check docs  ## lint, types, tests, docs
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests -m interpreted
 
 check: $(VENV)/ready  ## lint, format, types
 	$(BIN)/ruff check .

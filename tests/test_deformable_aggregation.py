@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import saccade
 from cases.deformable_aggregation import make, oracle
+from saccade.triton_dispatch import served_by_triton
 
 
 def sample(image: list[list[float]], x: float, y: float, device: str = "cpu", weight: float = 1.0):
@@ -38,6 +39,7 @@ SQUARE = [[1.0, 2.0], [3.0, 4.0]]
 NINE = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("image", "x", "y", "expected"),
     [
@@ -70,6 +72,7 @@ def test_values_by_hand(image, x, y, expected, device):
         assert (slope_x, slope_y) == (0, 0)
 
 
+@pytest.mark.interpreted
 def test_gradients_by_hand(device):
     value, slope_x, slope_y, slope_weight = sample(SQUARE, 0.1, 0.5, device)
     assert (value, slope_weight) == (pytest.approx(1.4), pytest.approx(1.4))
@@ -77,6 +80,7 @@ def test_gradients_by_hand(device):
     assert slope_y == pytest.approx(2.8)  # 2 pixels x 0.7 x (3 - 1)
 
 
+@pytest.mark.interpreted
 def test_gradient_at_an_integer_pixel_is_that_of_the_right_side(device):
     # The centre of the middle pixel: to the right the value rises by 1 per pixel, as it does to the left of it.
     hill = [[0.0, 0.0, 0.0], [0.0, 5.0, 1.0], [0.0, 0.0, 0.0]]
@@ -85,6 +89,7 @@ def test_gradient_at_an_integer_pixel_is_that_of_the_right_side(device):
     assert slope_y == pytest.approx(3 * (0 - 5), abs=1e-4)
 
 
+@pytest.mark.interpreted
 def test_groups_are_blocks_of_channels_and_levels_add_up(device):
     maps = [torch.full((1, 1, 4, 2, 2), 1.0, device=device), torch.full((1, 1, 4, 1, 1), 10.0, device=device)]
     weights = torch.tensor([[1.0, 2.0], [0.5, 0.25]], device=device).view(1, 1, 1, 1, 2, 2)  # level, group
@@ -93,6 +98,7 @@ def test_groups_are_blocks_of_channels_and_levels_add_up(device):
     assert output.flatten().tolist() == [6.0, 6.0, 4.5, 4.5]
 
 
+@pytest.mark.interpreted
 def test_not_a_number_outside_the_sampled_pixels_does_not_spread(device):
     inputs = [value.detach().to(device) for value in make([[(6, 8)]], batch=1, spread=0.2)]
     features, *_, weights = inputs
@@ -102,6 +108,112 @@ def test_not_a_number_outside_the_sampled_pixels_does_not_spread(device):
     inputs[3][:, 0, 0] = -1
     weights[:, 0, 0] = float("nan")  # the weight of a point that is not visible
     assert saccade.deformable_aggregation(*inputs).isfinite().all()
+
+
+def with_gradients(inputs, call=saccade.deformable_aggregation, seed=None) -> list[torch.Tensor]:
+    """The result and the gradients of features, locations and weights; ``seed`` is the gradient of the result."""
+    features, shape, start, location, weights = inputs
+    leaves = [value.detach().requires_grad_() for value in (features, location, weights)]
+    output = call(leaves[0], shape, start, *leaves[1:])
+    if seed is None:
+        seed = torch.randint(2, 7, output.shape, generator=torch.Generator().manual_seed(0)).to(output) / 4
+    return [output.detach(), *torch.autograd.grad(output, leaves, seed)]
+
+
+def assert_as_defined(inputs, device: str) -> None:
+    expected = with_gradients([value.double() if value.is_floating_point() else value for value in inputs], oracle)
+    # Relative errors: a few dozen roundings of the dtype of the sums.
+    for dtype, tolerance in ((torch.float32, 3e-6), (torch.float64, 1e-12)):
+        moved = [value.to(device, dtype) if value.is_floating_point() else value.to(device) for value in inputs]
+        for k, (left, right) in enumerate(zip(with_gradients(moved), expected, strict=True)):
+            assert (left.double().cpu() - right).norm() <= tolerance * right.norm(), f"result {k} in {dtype}"
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(96, 8), (60, 5), (8, 8), (1, 1), (7, 7), (512, 8), (320, 10)], ids=str
+)
+def test_channels_and_groups(channels, groups, device):
+    assert_as_defined(make([[(6, 8), (3, 4)]], 1, 2, 2, groups, channels), device)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("cameras", "levels", "points"),
+    [(1, 1, 1), (1, 1, 17), (2, 1, 33), (1, 5, 3), (7, 2, 2), (3, 3, 1), (1, 1, 300)],
+    ids=str,
+)
+def test_cameras_levels_and_points(cameras, levels, points, device):
+    sizes = [(8, 12), (5, 7), (3, 9), (1, 4), (1, 1)]
+    shapes = [[sizes[(camera + level) % 5] for level in range(levels)] for camera in range(cameras)]
+    assert_as_defined(make(shapes, 1, 2, points), device)
+
+
+@pytest.mark.interpreted
+def test_maps_may_overlap(device):
+    """Two levels, or cameras, on the same rows: the gradients of a row add up."""
+    inputs = list(make([[(6, 8), (3, 4)], [(6, 8), (3, 4)]], batch=1))
+    inputs[2] = torch.tensor([[0, 7], [5, 0]])
+    assert_as_defined(inputs, device)
+
+
+def near_the_right_border(device: str) -> list[torch.Tensor]:
+    """Half of the points at the right border of the maps, and none in their lower half, but for one in the corner."""
+    features, shape, start, location, weights = (value.detach() for value in make([[(6, 8), (5, 3)]] * 2, 2, 4, 3))
+    location[..., 1] *= 0.4
+    location[:, ::2, ..., 0] = 1 - location[:, ::2, ..., 0].abs() / 20
+    location[0, 0, 0] = 0.999
+    return [value.to(device) for value in (features, shape, start, location, weights)]
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_that_no_point_touches_are_not_read(value, device):
+    """Such as the one after a pixel at the right border: the first pixel of the next row of the image."""
+    inputs = near_the_right_border(device)
+    expected = with_gradients(inputs)
+    _, touched, *_ = with_gradients([*inputs[:4], torch.ones_like(inputs[4])])
+    untouched = touched == 0
+    assert untouched[:, 8].all()  # the first pixel of the second row of the first map, after touched ones:
+    assert not untouched[0, 7].any()
+    inputs[0][untouched] = value
+    assert all(map(torch.equal, with_gradients(inputs), expected))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_infinite_gradient_reaches_the_pixels_of_its_own_anchor_alone(value, device):
+    inputs = near_the_right_border(device)
+    seed = torch.ones(2, 4, 4, device=device)
+    expected = with_gradients(inputs, seed=seed)[1:]
+    only = torch.zeros_like(seed)
+    only[0, 1] = 1
+    _, touched, *_ = with_gradients([*inputs[:4], torch.ones_like(inputs[4])], seed=only)
+    seed[0, 1] = value
+    _, *gradients = with_gradients(inputs, seed=seed)
+    others = torch.ones(2, 4, dtype=torch.bool, device=device)
+    others[0, 1] = False
+    for gradient, usual, spared in zip(gradients, expected, (touched == 0, others, others), strict=True):
+        assert not gradient[~spared].isfinite().all()
+        assert torch.equal(gradient[spared], usual[spared])
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38], ids=str)
+def test_points_that_are_nowhere_are_not_visible(value, device):
+    inputs = [tensor.detach().to(device) for tensor in make([[(6, 8), (3, 4)]] * 2)]
+    location, weights = inputs[3], inputs[4]
+    nowhere = torch.zeros(location.shape[:-1], dtype=torch.bool, device=device)
+    nowhere[:, ::2, 1], nowhere[:, :, 2, 0], nowhere[:, 3] = True, True, True
+    weights[nowhere] = float("nan")  # not read either
+    location[nowhere] = -1
+    expected = with_gradients(inputs)
+    for axis in (0, 1):
+        location[nowhere] = 0.5
+        location[..., axis][nowhere] = value
+        results = with_gradients(inputs)
+        assert all(map(torch.equal, results, expected))
+        assert not any(gradient[nowhere].any() for gradient in results[2:])
 
 
 @given(
@@ -141,6 +253,7 @@ def test_gradcheck(device):
     assert torch.autograd.gradcheck(saccade.deformable_aggregation, inputs, nondet_tol=1e-12)
 
 
+@pytest.mark.interpreted
 def test_only_the_gradients_that_are_needed(device):
     for needed in itertools.product([False, True], repeat=3):
         inputs = [value.detach().to(device) for value in make([[(4, 4)]], batch=1)]
@@ -154,6 +267,7 @@ def test_only_the_gradients_that_are_needed(device):
         assert [leaf.grad is not None for leaf in leaves] == list(needed)
 
 
+@pytest.mark.interpreted
 def test_mixed_dtypes(device):
     inputs = [value.detach().to(device) for value in make([[(6, 8), (3, 4)]], batch=1)]
     features, shape, start, location, weights = inputs
@@ -171,6 +285,7 @@ def test_mixed_dtypes(device):
     assert [leaf.grad is not None and leaf.grad.dtype == leaf.dtype for leaf in leaves] == [True] * 3
 
 
+@pytest.mark.interpreted
 def test_autocast_casts_the_features_alone(device):
     inputs = [value.detach().to(device) for value in make([[(6, 8)]], batch=1, groups=1)]
     with torch.autocast(device, torch.bfloat16):
@@ -180,6 +295,7 @@ def test_autocast_casts_the_features_alone(device):
     assert torch.equal(output, saccade.deformable_aggregation(*inputs))
 
 
+@pytest.mark.interpreted
 def test_rows_that_do_not_exist():
     """On the CPU an error that names the map."""
     features, shape, start, location, weights = make([[(4, 4), (2, 2)], [(4, 4), (2, 2)]])
@@ -234,7 +350,7 @@ def bad(position: int, value) -> list:
 @pytest.mark.parametrize(
     ("inputs", "error", "message"),
     [
-        (bad(0, [[1.0]]), TypeError, "feature_maps: expected a torch.Tensor, got list"),
+        (bad(0, 1.0), TypeError, "feature_maps: expected a torch.Tensor, got float"),
         (bad(0, lambda t: t.int()), TypeError, "feature_maps: expected float.*got torch.int32"),
         (bad(0, lambda t: t[0]), ValueError, r"feature_maps: expected shape \(B, S, C\), got \(20, 4\)"),
         (bad(1, lambda t: t.float()), TypeError, "spatial_shape: expected int32 or int64, got torch.float32"),
@@ -267,6 +383,7 @@ def test_errors(inputs, error, message):
 # ---- feature_maps_format
 
 
+@pytest.mark.interpreted
 def test_format_of_the_example(device):
     maps = [torch.rand(3, 2, 5, 4, 6, device=device), torch.rand(3, 2, 5, 2, 3, device=device)]
     rows, spatial_shape, start = saccade.feature_maps_format(maps)
@@ -318,6 +435,7 @@ def test_format_of_one_list_comes_back_as_a_list_of_one():
     assert torch.equal(group[0], maps[0])
 
 
+@pytest.mark.interpreted
 def test_format_promotes_dtypes(device):
     """A feature pyramid under autocast mixes float32, which interpolation gives, with half precision."""
     maps = [torch.rand(1, 1, 2, 3, 3, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
@@ -326,6 +444,7 @@ def test_format_promotes_dtypes(device):
     assert torch.equal(rows[0, 0], maps[0][0, 0, :, 0, 0].float())
 
 
+@pytest.mark.interpreted
 def test_format_passes_gradients(device):
     maps = [torch.rand(1, 2, 3, 4, 5, device=device, requires_grad=True) for _ in range(2)]
     rows, _, _ = saccade.feature_maps_format(maps)
@@ -333,6 +452,165 @@ def test_format_passes_gradients(device):
     assert maps[0].grad is not None
     assert maps[0].grad[0, 0, :, 1, 2].tolist() == [1, 1, 1]
     assert maps[0].grad.sum() == 3
+
+
+FORMATS = {
+    "one-map": [[(2, 3, 70, 9, 11)]],
+    "one-channel": [[(1, 2, 1, 9, 11), (1, 2, 1, 1, 1)]],
+    "tiles-of-channels-and-pixels": [[(1, 2, 130, 9, 11), (1, 2, 130, 4, 6), (1, 2, 130, 1, 1)]],
+    "sizes-divisible-by-16": [[(2, 2, 64, 8, 16), (2, 2, 64, 4, 8)]],
+    "groups": [
+        [(2, 2, 6, 5, 7), (2, 2, 6, 2, 3)],
+        [(2, 1, 6, 3, 3), (2, 1, 6, 8, 1)],
+        [(2, 3, 6, 1, 2), (2, 3, 6, 1, 1)],
+    ],
+    "map-without-pixels": [[(2, 2, 5, 0, 7), (2, 2, 5, 2, 3)]],
+    "batch-0": [[(0, 2, 5, 4, 7), (0, 2, 5, 2, 3)]],
+    "no-cameras": [[(2, 0, 5, 4, 7)], [(2, 1, 5, 2, 3)]],
+    "no-channels": [[(2, 2, 0, 4, 7)]],
+}
+
+
+def maps_of(shapes, device: str, *dtypes: torch.dtype) -> list[list[torch.Tensor]]:
+    """Contiguous maps of the given shapes, the levels in the dtypes in turn."""
+    rng = torch.Generator().manual_seed(0)
+    return [
+        [torch.randn(s, generator=rng).to(device, d).requires_grad_() for s, d in zip(sizes, itertools.cycle(dtypes))]
+        for sizes in shapes
+    ]
+
+
+def row_by_row(groups: list[list[torch.Tensor]]) -> torch.Tensor:
+    """The rows of a format, camera by camera and level by level."""
+    return torch.cat([m[:, n].flatten(2).mT for maps in groups for n in range(maps[0].shape[1]) for m in maps], 1)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("shapes", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32,),
+        (torch.float16,),
+        (torch.bfloat16,),
+        (torch.float64,),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float16),
+        (torch.float16, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_format_moves_every_element(shapes, dtypes, device):
+    groups = maps_of(shapes, device, *dtypes)
+    rows, _, _ = saccade.feature_maps_format(groups)
+    expected = row_by_row(groups)
+    assert rows.dtype == expected.dtype
+    assert torch.equal(rows, expected)
+    leaves = [feature for maps in groups for feature in maps]
+    seed = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1)).to(rows)
+    gradients, expected_gradients = (
+        torch.autograd.grad(result, leaves, seed, allow_unused=True, materialize_grads=True)
+        for result in (rows, expected)
+    )
+    for leaf, left, right in zip(leaves, gradients, expected_gradients, strict=True):
+        assert left.dtype == leaf.dtype
+        assert torch.equal(left, right)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("order", [(0, 1, 3, 4, 2), (0, 1, 2, 4, 3), (1, 0, 2, 3, 4)], ids=str)
+def test_format_of_maps_in_other_memory_orders(order, device):
+    (maps,) = maps_of([[(2, 3, 6, 5, 7), (2, 3, 6, 2, 3)]], device, torch.float32)
+    back = [order.index(axis) for axis in range(5)]
+    strided = [maps[0].permute(order).contiguous().permute(back), maps[1]]
+    assert torch.equal(saccade.feature_maps_format(strided)[0], row_by_row([maps]))
+
+
+def test_contiguous_maps_are_served_by_the_kernel(device, monkeypatch):
+    """On a GPU and under the interpreter; channels-last ones are copied as they are."""
+    if not served_by_triton(torch.empty(0, device=device)):
+        pytest.skip("no kernel serves the CPU")
+    from saccade.deformable_aggregation import formatting_kernels
+
+    calls = []
+    monkeypatch.setattr(formatting_kernels, "format_rows", lambda maps, rows: calls.append(rows.shape))
+    groups = maps_of(FORMATS["groups"], device, torch.float32)
+    saccade.feature_maps_format(groups)
+    assert calls == [(2, 2, 41, 6), (2, 1, 17, 6), (2, 3, 3, 6)]
+    saccade.feature_maps_format([groups[0][0].permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)])
+    assert len(calls) == 3
+
+
+def test_format_gives_gradients_to_the_maps_that_require_them(device):
+    (maps,) = maps_of([[(1, 2, 3, 4, 5)] * 3], device, torch.float32)
+    maps[1].requires_grad_(False)
+    saccade.feature_maps_format(maps)[0].sum().backward()
+    assert [feature.grad is not None for feature in maps] == [True, False, True]
+    with torch.no_grad():
+        assert not saccade.feature_maps_format(maps)[0].requires_grad
+
+
+def test_format_can_be_differentiated_twice_and_written_to(device):
+    groups = maps_of(FORMATS["groups"], device, torch.float64)
+    leaves = [feature for maps in groups for feature in maps]
+
+    def cubed(*leaves):
+        rows, _, _ = saccade.feature_maps_format([leaves[:2], leaves[2:4], leaves[4:]])
+        return rows.mul_(1.5) ** 3
+
+    assert torch.autograd.gradcheck(cubed, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(cubed, leaves, fast_mode=True)
+
+
+def test_gradients_of_the_format_are_views(device):
+    maps, rows_gradients, gradients = maps_of([[(2, 2, 3, 4, 5)] * 2], device, torch.float32)[0], [], []
+    rows, _, _ = saccade.feature_maps_format(maps)
+    rows.register_hook(rows_gradients.append)
+    maps[1].register_hook(gradients.append)
+    rows.backward(torch.ones_like(rows))
+    assert gradients[0].untyped_storage().data_ptr() == rows_gradients[0].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("shapes", FORMATS.values(), ids=FORMATS)
+def test_format_as_an_operator(shapes, device):
+    groups = maps_of(shapes, device, torch.float32, torch.bfloat16)
+    flat = [feature for maps in groups for feature in maps]
+    torch.library.opcheck(torch.ops.saccade.feature_maps_format, (len(groups[0]), flat))
+
+
+def test_format_in_inference_mode(device):
+    with torch.inference_mode():
+        maps = [torch.rand(1, 2, 3, 4, 5, device=device)]
+        assert torch.equal(saccade.feature_maps_format(maps)[0], row_by_row([maps]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has nothing to wait for")
+def test_format_waits_for_nothing():
+    """Not even at the first call with new sizes."""
+    saccade.feature_maps_format([torch.rand(1, 2, 16, 4, 4, device="cuda")])  # compiles
+    maps = [torch.rand(1, 2, 16, 12, 4, device="cuda", requires_grad=True)]
+    seed = torch.rand(1, 96, 16, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(saccade.feature_maps_format(maps)[0], maps, seed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_format_on_another_gpu_than_the_current_one():
+    groups = maps_of(FORMATS["groups"], "cuda:1", torch.float32)
+    assert torch.equal(saccade.feature_maps_format(groups)[0], row_by_row(groups))
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < 12e9, reason="needs a GPU with 12 GB free"
+)
+def test_format_of_more_elements_than_32_bits_count():
+    values = torch.arange(2**15 + 1, dtype=torch.float16, device="cuda").expand(2**15, -1)
+    maps = [torch.stack([values, -values]).view(1, 1, 2, 2**15, 2**15 + 1)]
+    rows, _, _ = saccade.feature_maps_format(maps)
+    assert torch.equal(rows.view(2**15, 2**15 + 1, 2).select(2, 1), -values)
 
 
 def test_index_tensors_are_kept_and_survive_bad_neighbours(device):
@@ -371,6 +649,10 @@ def test_format_compiles(device, dynamic):
     compiled = torch.compile(saccade.feature_maps_format, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for left, right in zip(compiled(maps), saccade.feature_maps_format(maps), strict=True):
         assert torch.equal(left, right)
+    maps[1].requires_grad_()
+    compiled(maps)[0].sum().backward()
+    assert maps[1].grad is not None
+    assert torch.equal(maps[1].grad, torch.ones_like(maps[1]))
 
 
 def test_format_exports():
@@ -386,6 +668,20 @@ def test_format_exports():
     )
     exported = torch.export.export(Head(), inputs)
     torch.testing.assert_close(exported.module()(*inputs), Head()(*inputs))
+
+
+def test_format_exports_with_sizes_that_vary():
+    class Format(torch.nn.Module):
+        def forward(self, fine, coarse):
+            return saccade.feature_maps_format([fine, coarse])
+
+    def maps(batch: int, height: int, width: int) -> tuple[torch.Tensor, ...]:
+        return torch.rand(batch, 2, 4, 2 * height, width), torch.rand(batch, 2, 4, height, width)
+
+    vary = {0: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO, 4: torch.export.Dim.AUTO}
+    exported = torch.export.export(Format(), maps(2, 3, 5), dynamic_shapes=(vary, vary))
+    for left, right in zip(exported.module()(*maps(3, 7, 4)), Format()(*maps(3, 7, 4)), strict=True):
+        assert left.shape == right.shape
 
 
 @pytest.mark.parametrize(

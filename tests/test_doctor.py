@@ -76,6 +76,16 @@ def test_missing_toolchain_is_named_with_its_cure(monkeypatch, capsys):
     assert "apt-get install python3-dev" in report
 
 
+def test_without_triton_no_kernel_is_claimed(monkeypatch):
+    assert doctor.backend("deformable_aggregation", "cpu") == "pytorch"
+    monkeypatch.setattr(doctor, "triton_is_installed", lambda: True)
+    assert doctor.backend("deformable_aggregation", "cuda") == "triton"
+    monkeypatch.setattr(doctor, "triton_is_installed", lambda: False)
+    assert doctor.backend("deformable_aggregation", "cuda") == "pytorch"
+    assert doctor._triton(has_gpu=False) == "not installed"
+    assert "pip install triton" in doctor._triton(has_gpu=True)
+
+
 def test_from_the_command_line_without_the_extras(tmp_path):
     """As with torch alone installed: importing anything of the demo extra fails."""
     for name in ("typer", "rich", "matplotlib", "scipy", "PIL", "numpy"):

@@ -12,6 +12,7 @@ import saccade
 PACKAGE = Path(saccade.__file__).parent
 OPERATORS = sorted(path.parent.name for path in PACKAGE.glob("*/api.py"))
 MODULES = sorted(PACKAGE.rglob("*.py"))
+KERNELS = [path for path in MODULES if path.stem == "kernels" or path.stem.endswith("_kernels")]
 
 
 def imports(path: Path) -> set[str]:
@@ -44,23 +45,33 @@ def test_operators_never_import_operators(operator):
             assert not depends_on(path, f"saccade.{other}"), f"{path.name} of {operator} imports {other}"
 
 
-@pytest.mark.parametrize("operator", [*OPERATORS, "ragged"])
-def test_reference_and_kernels_never_import_each_other(operator):
-    for one, other in (("reference", "kernels"), ("kernels", "reference")):
-        path = PACKAGE / operator / f"{one}.py"
-        assert not path.exists() or not depends_on(path, f"saccade.{operator}.{other}")
+def module_of(path: Path) -> str:
+    return ".".join(["saccade", *path.relative_to(PACKAGE).with_suffix("").parts])
 
 
-def test_modules_call_operators_never_kernels():
-    for path in [*(PACKAGE / "nn").glob("*.py"), *(PACKAGE / "demo").glob("*.py"), *(PACKAGE / "compat").glob("*.py")]:
-        for operator in OPERATORS:
-            assert not depends_on(path, f"saccade.{operator}.kernels"), path
+def test_reference_and_kernels_never_import_each_other():
+    for kernels in KERNELS:
+        reference = kernels.parent / "reference.py"
+        assert not depends_on(kernels, module_of(reference)), kernels
+        assert not reference.exists() or not depends_on(reference, module_of(kernels)), kernels
+
+
+def test_kernels_are_used_by_their_own_operator_alone():
+    for path in MODULES:
+        for kernels in KERNELS:
+            assert path.parent == kernels.parent or not depends_on(path, module_of(kernels)), f"{path} uses {kernels}"
+
+
+def test_triton_is_imported_by_kernels_alone():
+    assert KERNELS
+    for path in MODULES:
+        assert path in KERNELS or not depends_on(path, "triton"), path
 
 
 def test_the_library_proper_needs_torch_alone():
-    extras = {"rich", "typer", "matplotlib", "PIL", "scipy", "numpy", "triton"}
+    extras = {"rich", "typer", "matplotlib", "PIL", "scipy", "numpy"}
     for path in MODULES:
-        if path.name == "cli.py" or path.parent.name == "demo" or path.name == "kernels.py":
+        if path.name == "cli.py" or path.parent.name == "demo":
             continue
         assert not {name.split(".")[0] for name in imports(path)} & extras, path
 

@@ -1,0 +1,184 @@
+"""Every kernel compiles for every GPU in the configurations that are launched, without spilling registers.
+
+To cover a launcher, add a line to ``CASES``: a name, and a call of the launcher on small CPU tensors. The first case of
+a launcher is compiled for all targets, the others for sm_90 alone. Have a case for each dtype, and for each channel
+count that makes other constants (256, 128, 96, 60, 8, 1), of sizes that are divisible by 16 as those of real maps are:
+wide loads are compiled only then. A kernel that is launched by nothing but a rare branch needs a case that takes it.
+"""
+
+import ast
+import re
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+import saccade
+from cases.deformable_aggregation import make
+from saccade.triton_dispatch import served_by_triton
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+if served_by_triton(torch.empty(0)):
+    pytest.skip("under TRITON_INTERPRET kernels are interpreted, not compiled", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from kernel_launches import Launch, recorded_launches  # noqa: E402
+
+PACKAGE = Path(saccade.__file__).parent
+
+TARGETS = {
+    **{f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (90, 80, 86, 89, 100, 120)},
+    **{"gfx90a": GPUTarget("hip", "gfx90a", 64), "gfx942": GPUTarget("hip", "gfx942", 64)},
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
+}
+
+
+def format_rows(*dtypes: torch.dtype, channels: int = 256, sizes: tuple[tuple[int, int], ...]) -> None:
+    from saccade.deformable_aggregation.formatting_kernels import format_rows
+
+    maps = [torch.empty(2, 6, channels, *size, dtype=d) for d, size in zip(dtypes, sizes, strict=True)]
+    pixels = sum(height * width for height, width in sizes)
+    format_rows(maps, torch.empty(2, 6, pixels, channels, dtype=dtypes[0]))
+
+
+def aggregation(
+    dtype: torch.dtype = torch.float32, channels: int = 256, groups: int = 8, **options
+) -> list[torch.Tensor]:
+    sizes = [[(16, 44), (8, 22), (4, 12), (4, 8)]] * 6
+    inputs = make(sizes, **{"anchors": 16, "points": 13} | options, groups=groups, channels=channels)
+    return [value.detach().to(dtype) if value.is_floating_point() else value for value in inputs]
+
+
+def as_maps(features: torch.Tensor, spatial_shape: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors of the shapes that the levels of features would have as maps of their own."""
+    areas = spatial_shape.prod(-1).sum(0).tolist()
+    return [features.new_empty(features.shape[0], area, features.shape[2]) for area in areas]
+
+
+def aggregate(*args, by_level: bool = False, **kwargs) -> None:
+    from saccade.deformable_aggregation.kernels import deformable_aggregation
+
+    features, spatial_shape, *rest = aggregation(*args, **kwargs)
+    deformable_aggregation(as_maps(features, spatial_shape) if by_level else [features], spatial_shape, *rest)
+
+
+def aggregate_backward(
+    *args, needed: tuple[bool, bool, bool] = (True, True, True), by_level: bool = False, **kwargs
+) -> None:
+    from saccade.deformable_aggregation.backward_kernels import deformable_aggregation_backward
+
+    features, spatial_shape, *rest = aggregation(*args, **kwargs)
+    maps = as_maps(features, spatial_shape) if by_level else [features]
+    grad_output = torch.empty(2, 16, features.shape[2]).to(features)
+    deformable_aggregation_backward(grad_output, maps, spatial_shape, *rest, needed)
+
+
+FPN = ((16, 44), (8, 22), (4, 12), (4, 8))
+BLOCKS = ((128, 8), (96, 4), (60, 3), (8, 8), (1, 1))  # channels and groups
+ODD = ((15, 25), (7, 13), (4, 7), (1, 1))
+
+CASES: list[tuple[str, Callable[[], object]]] = [
+    ("format_rows/float32", partial(format_rows, *[torch.float32] * 4, sizes=FPN)),
+    ("format_rows/float16", partial(format_rows, *[torch.float16] * 4, sizes=FPN)),
+    ("format_rows/bfloat16", partial(format_rows, *[torch.bfloat16] * 4, sizes=FPN)),
+    ("format_rows/float64", partial(format_rows, *[torch.float64] * 4, sizes=FPN)),
+    ("format_rows/mixed", partial(format_rows, *[torch.float32, torch.bfloat16] * 2, sizes=FPN)),
+    ("format_rows/odd-sizes", partial(format_rows, *[torch.float32] * 4, sizes=ODD)),
+    ("format_rows/odd-sizes-float16", partial(format_rows, *[torch.float16] * 4, sizes=ODD)),
+    *(
+        (f"format_rows/{channels}-channels", partial(format_rows, *[torch.float32] * 4, channels=channels, sizes=FPN))
+        for channels in (128, 96, 60, 8, 1)
+    ),
+    ("aggregate/float32", aggregate),
+    ("aggregate/float16", partial(aggregate, torch.float16)),
+    ("aggregate/bfloat16", partial(aggregate, torch.bfloat16)),
+    ("aggregate/float64", partial(aggregate, torch.float64)),
+    ("aggregate/int32", partial(aggregate, index_dtype=torch.int32)),
+    ("aggregate/maps", partial(aggregate, by_level=True)),
+    ("aggregate/many-points", partial(aggregate, points=300)),
+    *(
+        (f"aggregate/{channels}-channels", partial(aggregate, torch.float32, channels, groups))
+        for channels, groups in BLOCKS
+    ),
+    ("aggregate_backward/float32", aggregate_backward),
+    ("aggregate_backward/float16", partial(aggregate_backward, torch.float16)),
+    ("aggregate_backward/bfloat16", partial(aggregate_backward, torch.bfloat16)),
+    ("aggregate_backward/float64", partial(aggregate_backward, torch.float64)),
+    ("aggregate_backward/maps", partial(aggregate_backward, by_level=True)),
+    ("aggregate_backward/features", partial(aggregate_backward, needed=(True, False, False))),
+    ("aggregate_backward/location", partial(aggregate_backward, needed=(False, True, False))),
+    ("aggregate_backward/weights", partial(aggregate_backward, needed=(False, False, True))),
+    *(
+        (f"aggregate_backward/{channels}-channels", partial(aggregate_backward, torch.float32, channels, groups))
+        for channels, groups in BLOCKS
+    ),
+]
+
+
+def launches_of(call: Callable[[], object]) -> list[Launch]:
+    with recorded_launches() as launches:
+        call()
+    assert launches, "the launcher launched nothing"
+    return launches
+
+
+def compiled_cases() -> list:
+    """Target and case: the first case of a launcher for every target, the others for sm_90."""
+    chosen, seen = [], set()
+    for name, call in CASES:
+        launcher = name.split("/")[0]
+        targets = ["sm_90"] if launcher in seen else TARGETS
+        seen.add(launcher)
+        chosen += [pytest.param(TARGETS[target], call, id=f"{target}-{name}") for target in targets]
+    return chosen
+
+
+def spilled(kernel, tmp_path: Path) -> int:
+    """Bytes or registers that a compiled kernel keeps in local memory for want of registers."""
+    if kernel.metadata.target.backend == "hip":
+        counts = re.findall(
+            r"\.(?:vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size): +(\d+)", kernel.asm["amdgcn"]
+        )
+        assert len(counts) == 3, "AMD's metadata has changed"
+    else:
+        (tmp_path / "cubin").write_bytes(kernel.asm["cubin"])
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command = [cuobjdump, "-res-usage", tmp_path / "cubin"]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        counts = re.findall(r"(?:STACK|LOCAL):(\d+)", usage)
+        assert len(counts) == 2, f"cuobjdump says something else than before: {usage}"
+    return sum(map(int, counts))
+
+
+@pytest.mark.parametrize(("target", "call"), compiled_cases())
+def test_compiles_without_spilling(target: GPUTarget, call: Callable[[], object], tmp_path: Path):
+    for launch in launches_of(call):
+        assert spilled(launch.compile(target), tmp_path) == 0, launch.name
+
+
+def test_every_kernel_has_a_case():
+    """That is, every function of ``triton.jit`` that no other one calls."""
+    found, called = set(), set()
+    for path in [*PACKAGE.rglob("kernels.py"), *PACKAGE.rglob("*_kernels.py")]:
+        module = import_module(".".join(["saccade", *path.relative_to(PACKAGE).with_suffix("").parts]))
+        found |= {
+            f"{value.__module__}.{name}" for name, value in vars(module).items() if isinstance(value, JITFunction)
+        }
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        called |= {call.id for call in calls if isinstance(call, ast.Name)}
+    kernels = {name for name in found if name.split(".")[-1] not in called}
+    assert kernels == {launch.name for _, call in CASES for launch in launches_of(call)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_format_moves_16_bytes_at_a_time(dtype: torch.dtype):
+    """Reads and writes of whole rows and pixels: narrower ones would be right, and slow."""
+    (launch,) = launches_of(partial(format_rows, *[dtype] * 4, sizes=FPN))
+    ptx = launch.compile(TARGETS["sm_90"]).asm["ptx"]
+    assert set(re.findall(r"\b(?:ld|st)\.global\S*", ptx)) == {"ld.global.v4.b32", "st.global.v4.b32"}
