@@ -71,9 +71,15 @@ def demo(
 @app.command()
 def bench(
     only: Annotated[str | None, typer.Option(help="One suite: aggregation.", show_default=False)] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Time Saccade alone, not what it is compared with; for development.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the records there.", metavar="FILE")] = None,
 ) -> None:
-    """Time the operators on this machine's GPU, beside what they replace. Runs from a checkout of the repository."""
+    """Time the operators on this machine's GPU, beside what they replace. Runs from a checkout of the repository.
+
+    An operator that does not compute what it should is not timed; the command then ends with status 1.
+    """
     import torch
     from rich.console import Console
 
@@ -85,7 +91,7 @@ def bench(
         fault = f"torch {torch.__version__} finds no GPU to time; `saccade doctor` tells more"
     if fault is None:
         sys.path.insert(0, str(directory))
-        from run import SUITES, run  # pyright: ignore[reportMissingImports] - not a part of the package
+        from run import SUITES, WrongResultError, run  # pyright: ignore[reportMissingImports] - not of the package
 
         if only not in (None, *SUITES):
             fault = f"--only: expected one of {', '.join(SUITES)}, got {only!r}"
@@ -93,8 +99,14 @@ def bench(
         print(f"saccade bench: {fault}", file=sys.stderr)
         raise typer.Exit(2)
     try:
-        records = run(only, Console())
-    except ValueError as error:
+        require_writable_file(json_file)
+    except DemoError as error:
+        print(f"saccade bench: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    try:
+        # A file or a pipe is wide enough for the tables.
+        records = run(only, Console(width=None if sys.stdout.isatty() else 180), quick)
+    except WrongResultError as error:
         print(f"saccade bench: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     if json_file is not None:
@@ -121,6 +133,15 @@ def require_writable(out: Path, json_file: Path | None) -> None:
         raise DemoError(f"--out {out}: cannot make this directory ({error.strerror})") from error
     if not os.access(out, os.W_OK | os.X_OK):
         raise DemoError(f"--out {out}: cannot write into this directory")
+    require_writable_file(json_file)
+
+
+def require_writable_file(json_file: Path | None) -> None:
+    """See that what `--json` names can be written.
+
+    Raises:
+        DemoError: It cannot.
+    """
     if json_file is not None:
         is_new = not json_file.exists()
         try:

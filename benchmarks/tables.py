@@ -1,0 +1,113 @@
+"""Tables of benchmark records: columns of text, and as a hook of mkdocs the tables of the documentation.
+
+``mkdocs.yml`` names this file. Where a page says ``<!-- results: aggregation feature_maps_format -->``, the records of
+``results/h200.json`` whose workloads begin with these names appear, so that no figure in the documentation is typed.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]
+
+RESULTS = Path(__file__).parent / "results" / "h200.json"
+RECORDED_ON = "H200"  # where the times that are recorded, not measured, were taken
+CLOCKS = {"device": "Device time, microseconds", "wall": "Wall time, microseconds"}
+
+_MARKER = re.compile(r"<!-- results: (.*?) -->")
+
+
+class Column(NamedTuple):
+    """A column of a table."""
+
+    title: str
+    cells: list[str]
+    is_recorded: bool = False
+    is_text: bool = False
+
+
+def _time(microseconds: float) -> str:
+    return f"{microseconds:.0f}" if microseconds >= 100 else f"{microseconds:.1f}"
+
+
+def _names(records: Sequence[Record], key: str) -> list[str]:
+    """Every name under which a record has something there, in order of appearance."""
+    return list(dict.fromkeys(name for record in records for name in record[key]))
+
+
+def _speed_up(record: Record) -> float | None:
+    """How many times faster than the first recorded time; to compare, the GPU must be the same."""
+    if not record["recorded"] or RECORDED_ON not in record["gpu"]:
+        return None
+    return next(iter(record["recorded"].values())) / record["saccade_us"]
+
+
+def columns(records: Sequence[Record]) -> list[Column]:
+    """A table of records, a row each. A column that would be empty is left out."""
+
+    def column(title: str, value: Callable[[Record], Any], text: Callable[[Any], str], **kind: bool) -> list[Column]:
+        values = [value(record) for record in records]
+        cells = ["" if value is None else text(value) for value in values]
+        return [] if all(value is None for value in values) else [Column(title, cells, **kind)]
+
+    table = []
+    for title in ("workload", "dtype", "pass"):
+        table += column(title, lambda r, t=title: r[t], str, is_text=True)
+    table += column("saccade", lambda r: r["saccade_us"], _time)
+    table += column("floor", lambda r: r["floor_us"], _time)
+    table += column("x floor", lambda r: r["saccade_us"] / r["floor_us"] if r["floor_us"] else None, "{:.1f}".format)
+    for name in _names(records, "baselines"):
+        table += column(name, lambda r, n=name: r["baselines"].get(n), _time)
+    for name in _names(records, "recorded"):
+        table += column(f"{name} (recorded)", lambda r, n=name: r["recorded"].get(n), _time, is_recorded=True)
+    table += column("speed-up", _speed_up, "{:.1f}x".format)
+    table += column("error", lambda r: r["error"], "{:.1e}".format)
+    table += column("peak MB", lambda r: r.get("peak_mb"), "{:.0f}".format)
+    table += column(
+        "of needed", lambda r: r["peak_mb"] / r["needed_mb"] if r.get("needed_mb") else None, "{:.2f}x".format
+    )
+    return table
+
+
+def _markdown_table(table: Sequence[Column]) -> str:
+    rows = zip(*(column.cells for column in table), strict=True)
+    lines = [[column.title for column in table], ["---" if column.is_text else "---:" for column in table], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """The tables of some records, one for each clock, and what they were taken on."""
+    machines: Iterable[str] = dict.fromkeys(
+        f"{r['gpu']}, torch {r['torch']}, Triton {r['triton']}, commit `{r['commit'][:10]}`" for r in records
+    )
+    parts = [f"Taken on {'; '.join(machines)}."]
+    for clock, title in CLOCKS.items():
+        of_clock = [record for record in records if record["clock"] == clock]
+        if of_clock:
+            parts.append(f"**{title}**\n\n{_markdown_table(columns(of_clock))}")
+    return "\n\n".join(parts)
+
+
+def with_results(text: str, records: Sequence[Record]) -> str:
+    """A page with the tables in place of its markers.
+
+    Raises:
+        ValueError: There is no record of what a marker names.
+    """
+
+    def tables(marker: re.Match[str]) -> str:
+        named = [record for record in records if record["workload"].split("/")[0] in marker[1].split()]
+        if not named:
+            raise ValueError(f"{marker[0]}: {RESULTS.name} has no such record")
+        return markdown(named)
+
+    return _MARKER.sub(tables, text)
+
+
+def on_page_markdown(text: str, **_: Any) -> str:
+    """Called by mkdocs with every page."""
+    if not _MARKER.search(text):
+        return text
+    return with_results(text, json.loads(RESULTS.read_text(encoding="utf-8")))
