@@ -39,11 +39,14 @@ class Launch:
     def compile(self, target: GPUTarget) -> CompiledKernel:
         """The kernel as Triton would compile it for these arguments at the first launch on ``target``."""
         backend = make_backend(target)
+        given = dict(self.options)
+        if target.backend == "hip":
+            given.pop("maxnreg", None)  # launchers leave it out where torch is built for AMD's GPUs
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
-        bound, specialization, options = bind(*self.arguments, **self.options)
+        bound, specialization, options = bind(*self.arguments, **given)
         # As JITFunction.run does.
         options, signature, constants, attributes = self.kernel._pack_args(
-            backend, self.options, bound, specialization, options
+            backend, given, bound, specialization, options
         )
         source = ASTSource(self.kernel, signature, constants, attributes)
         return triton.compile(source, target=target, options=options.__dict__)

@@ -1,6 +1,23 @@
 """Triton kernels of deformable aggregation, forward. The backward ones are in ``backward_kernels.py``.
 
-TODO-OPENING
+Most points are seen by one camera in six. So a first kernel lists the samples that there are: of every anchor, camera
+by camera and level by level, the rows and the shares of the four corners. The second has a block of warps for each
+anchor: every warp takes some of the listed samples, reads their four rows as they lie in memory and adds them to sums
+in registers, which are added up at the end in an order that does not change. With few anchors and many points the list
+is cut into parts, whose sums a third kernel adds up.
+
+What bounds it (ncu, H200, 8 samples of 900 anchors x 13 points, 256 channels, float32: 12 us + 148 us, floor 74 us):
+the corners are 1.5 GB of rows, of which the first-level cache answers 37 %. The rest takes 77 % of what the
+second-level cache can deliver; main memory is busy by 48 %, the instruction issue by 44 %.
+
+What else was tried on that workload, all kernels together:
+- One warp for an anchor or a part of it that looks for its visible points itself: 176 us. The list halves the
+  instructions; asking for the next listed sample before waiting for this one's features hides the way to the list.
+- A block of warps that lists its visible points in registers: 170 us, but far slower with many points (660 us against
+  362 us on 100 anchors x 300 points), as all warps wait for each other at every step.
+- Anchors in the order of the camera and the column that they look at, one to a warp: the first-level cache answers
+  53 %, and yet 244 us: a sample waits for the slowest of its rows, and neighbouring warps for the longest list.
+- Two samples of a warp at a time: 258 us. Registers in flight are what a multiprocessor runs out of.
 """
 
 from collections.abc import Sequence
@@ -20,6 +37,9 @@ TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _SEGMENT = {2: 8, 4: 32, 8: 32}
 _WARPS = {2: 2, 4: 8, 8: 8}
 _ENOUGH_PROGRAMS = {2: 16384, 4: 8192, 8: 8192}
+
+# So that four blocks of eight warps fit on a multiprocessor; AMD's compiler has no such option.
+_REGISTERS = {} if torch.version.hip else {"maxnreg": 56}
 
 
 @triton.jit
@@ -42,7 +62,7 @@ def pixel_before(fraction, size, COMPUTE: tl.constexpr):
 
 @triton.jit
 def load_map(spatial_shape, scale_start_index, index, mask):
-    """Height, width and first row of maps. Sides that 32 bits cannot tell are cut: most of such a map does not exist."""
+    """Height, width and first row of maps. A side that 32 bits cannot tell is cut: no features have so many rows."""
     height = tl.load(spatial_shape + index * 2, mask=mask, other=0)
     width = tl.load(spatial_shape + index * 2 + 1, mask=mask, other=0)
     height = tl.minimum(tl.maximum(height, 0), 2147483647).to(tl.int32)
@@ -236,7 +256,7 @@ def deformable_aggregation(
         _aggregate_kernel[(batch * anchors * parts,)](
             tuple(m.contiguous() for m in maps), weights.contiguous(), counts, wheres, shares, summed, anchors,
             map_rows, G=groups, C=channels, **row_tile(channels, groups, itemsize), PARTS=parts, WARPS=warps,
-            **of_points, num_warps=warps,
+            **of_points, num_warps=warps, **(_REGISTERS if itemsize == 4 else {}),
         )  # fmt: skip
         if parts > 1:
             grid = (triton.cdiv(output.numel(), 1024),)
