@@ -343,3 +343,9 @@ def test_the_documentation_shows_every_committed_result():
         start = f"| {record['workload']} | {record['dtype']} | {record['pass']} | "
         assert any(row.startswith(start) for row in rows)
     assert "tables.py" in (ROOT / "mkdocs.yml").read_text()
+
+
+def test_the_readme_says_what_was_measured():
+    records = json.loads((ROOT / "benchmarks" / "results" / "h200.json").read_text())
+    gains = [r["recorded"]["original CUDA kernel"] / r["saccade_us"] for r in records if r["recorded"]]
+    assert f"{int(min(gains))} to {int(max(gains))} times as fast" in " ".join((ROOT / "README.md").read_text().split())

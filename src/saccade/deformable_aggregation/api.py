@@ -75,6 +75,12 @@ def deformable_aggregation(
     """
     if isinstance(feature_maps, (list, tuple)):
         return _aggregate_list(feature_maps, spatial_shape, scale_start_index, sampling_location, weights)
+    return _aggregate_rows(feature_maps, spatial_shape, scale_start_index, sampling_location, weights)
+
+
+def _aggregate_rows(
+    feature_maps: Any, spatial_shape: Any, scale_start_index: Any, sampling_location: Tensor, weights: Tensor
+) -> Tensor:
     require_floating("feature_maps", feature_maps)
     require_integer("spatial_shape", spatial_shape)
     require_integer("scale_start_index", scale_start_index)
@@ -97,12 +103,12 @@ def deformable_aggregation(
 def _aggregate_list(
     feature_maps: Sequence[Any], spatial_shape: Any, scale_start_index: Any, sampling_location: Tensor, weights: Tensor
 ) -> Tensor:
-    """The list form of ``deformable_aggregation``."""
     for name, index in (("spatial_shape", spatial_shape), ("scale_start_index", scale_start_index)):
         if index is not None:
             raise ValueError(f"{name}: expected None with a list of maps, got {type(index).__name__}")
     if not feature_maps or isinstance(feature_maps[0], (list, tuple)):
-        return deformable_aggregation(*feature_maps_format(feature_maps), sampling_location, weights)
+        rows, spatial_shape, scale_start_index = feature_maps_format(feature_maps)
+        return _aggregate_rows(rows, spatial_shape, scale_start_index, sampling_location, weights)
     check_groups([feature_maps])
     batch, cameras, channels, _, _ = feature_maps[0].shape
     _check_points(sampling_location, weights, batch, cameras, len(feature_maps), channels)
@@ -112,7 +118,8 @@ def _aggregate_list(
         for feature in feature_maps
     )
     if not in_place:
-        return deformable_aggregation(*feature_maps_format(feature_maps), sampling_location, weights)
+        rows, spatial_shape, scale_start_index = feature_maps_format(feature_maps)
+        return _aggregate_rows(rows, spatial_shape, scale_start_index, sampling_location, weights)
     return torch.ops.saccade.deformable_aggregation_maps(
         sampling_location, weights, [_in_autocast_dtype(feature) for feature in feature_maps]
     )

@@ -52,7 +52,7 @@ from saccade.precision import compute_dtype
 from saccade.triton_dispatch import on_device_of
 
 # Rows of features that a window has on average: enough windows that the last ones to finish leave no GPU idle.
-_ROWS_OF_WINDOW = 24
+_ROWS_OF_WINDOW = 22
 
 # Rows with fewer records than this are never divided between windows, and a window that begins with the row after such
 # a one works its records out again rather than wait for what the window before it has to say.
