@@ -6,9 +6,9 @@ A suite is a module with ``OPERATOR``, the operator that ``saccade.doctor`` chec
 under way it tells ``say``. What is true of the whole run is added here.
 """
 
+import importlib
 import os
 import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,14 @@ def _commit() -> str:
 
 
 def _machine() -> dict[str, str]:
+    try:  # by import: its distribution has other names beside other builds of torch
+        triton = importlib.import_module("triton").__version__
+    except ImportError:
+        triton = "none"
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "triton": version("triton"),
+        "triton": triton,
         "commit": _commit(),
     }
 

@@ -736,3 +736,32 @@ def test_inverse_errors():
         saccade.feature_maps_format([rows[:, 1:], shape, start], inverse=True)
     with pytest.raises(ValueError, match="add up"):
         saccade.feature_maps_format([rows, -shape, start], inverse=True)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("rows_of_window", [1, 2, 5])
+@pytest.mark.parametrize("spread", [1.2, 0.02], ids=["everywhere", "on-few-pixels"])
+def test_every_row_gets_its_gradient_however_the_work_is_shared_out(device, monkeypatch, rows_of_window, spread):
+    """Windows that hold less than a row, one row, or some; the batch in one part and sample by sample."""
+    if not served_by_triton(torch.empty(0, device=device)):
+        pytest.skip("no kernel serves the CPU")
+    from saccade.deformable_aggregation import backward_kernels, kernels, reference
+
+    monkeypatch.setattr(backward_kernels, "_ROWS_OF_WINDOW", rows_of_window)
+    features, shape, start, location, weights = (
+        each.detach().to(device, torch.float64 if each.is_floating_point() else None)
+        for each in make([[(3, 4), (1, 2)], [(2, 5), (1, 1)]], batch=2, anchors=8, points=4, spread=spread)
+    )
+    grad_output = torch.randn(2, 8, 4, dtype=torch.float64).to(device)
+    inputs = (shape, start, location, weights, [True] * 3)
+    expected = reference.deformable_aggregation_backward(grad_output, features, *inputs)
+    for scratch, most_for_32_bits in ((1, 1 << 20), (1 << 20, 0)):
+        monkeypatch.setattr(kernels, "_SCRATCH_BYTES", scratch)
+        monkeypatch.setattr(kernels, "_SCRATCH_SHARE", 0)
+        monkeypatch.setattr(backward_kernels, "_MOST_FOR_32_BITS", most_for_32_bits)
+        (grad_features,), *rest = backward_kernels.deformable_aggregation_backward(grad_output, [features], *inputs)
+        for actual, wanted in zip((grad_features, *rest), expected, strict=True):
+            assert (actual - wanted).norm() <= 1e-12 * wanted.norm()
+        output = kernels.deformable_aggregation([features], *inputs[:-1])
+        wanted = reference.deformable_aggregation(features, *inputs[:-1])
+        assert (output - wanted).norm() <= 1e-12 * wanted.norm()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -48,11 +49,17 @@ def format_rows(*dtypes: torch.dtype, channels: int = 256, sizes: tuple[tuple[in
 
 
 def aggregation(
-    dtype: torch.dtype = torch.float32, channels: int = 256, groups: int = 8, **options
+    dtype: torch.dtype = torch.float32,
+    channels: int = 256,
+    groups: int = 8,
+    location_dtype: torch.dtype | None = None,
+    **options,
 ) -> list[torch.Tensor]:
     sizes = [[(16, 44), (8, 22), (4, 12), (4, 8)]] * 6
     inputs = make(sizes, **{"anchors": 16, "points": 13} | options, groups=groups, channels=channels)
-    return [value.detach().to(dtype) if value.is_floating_point() else value for value in inputs]
+    values = [value.detach().to(dtype) if value.is_floating_point() else value for value in inputs]
+    values[3] = values[3].to(location_dtype or dtype)
+    return values
 
 
 def as_maps(features: torch.Tensor, spatial_shape: torch.Tensor) -> list[torch.Tensor]:
@@ -79,8 +86,16 @@ def aggregate_backward(
     deformable_aggregation_backward(grad_output, maps, spatial_shape, *rest, needed)
 
 
+def aggregate_backward_counted_with_64_bits() -> None:
+    from saccade.deformable_aggregation import backward_kernels
+
+    with patch.object(backward_kernels, "_MOST_FOR_32_BITS", 0):
+        aggregate_backward()
+        aggregate_backward(by_level=True)
+
+
 FPN = ((16, 44), (8, 22), (4, 12), (4, 8))
-BLOCKS = ((128, 8), (96, 4), (60, 3), (8, 8), (1, 1))  # channels and groups
+BLOCKS = ((512, 8), (256, 256), (128, 8), (96, 4), (60, 3), (8, 8), (1, 1))  # channels and groups
 ODD = ((15, 25), (7, 13), (4, 7), (1, 1))
 
 CASES: list[tuple[str, Callable[[], object]]] = [
@@ -102,8 +117,10 @@ CASES: list[tuple[str, Callable[[], object]]] = [
     ("aggregate/int32", partial(aggregate, index_dtype=torch.int32)),
     ("aggregate/maps", partial(aggregate, by_level=True)),
     ("aggregate/many-points", partial(aggregate, points=300)),
+    ("aggregate/one-segment-float16", partial(aggregate, torch.float16, points=8)),
+    ("aggregate/float64-locations", partial(aggregate, location_dtype=torch.float64)),
     *(
-        (f"aggregate/{channels}-channels", partial(aggregate, torch.float32, channels, groups))
+        (f"aggregate/{channels}-channels-{groups}-groups", partial(aggregate, torch.float32, channels, groups))
         for channels, groups in BLOCKS
     ),
     ("aggregate_backward/float32", aggregate_backward),
@@ -111,11 +128,16 @@ CASES: list[tuple[str, Callable[[], object]]] = [
     ("aggregate_backward/bfloat16", partial(aggregate_backward, torch.bfloat16)),
     ("aggregate_backward/float64", partial(aggregate_backward, torch.float64)),
     ("aggregate_backward/maps", partial(aggregate_backward, by_level=True)),
+    ("aggregate_backward/64-bits", aggregate_backward_counted_with_64_bits),
+    ("aggregate_backward/float64-locations", partial(aggregate_backward, location_dtype=torch.float64)),
     ("aggregate_backward/features", partial(aggregate_backward, needed=(True, False, False))),
     ("aggregate_backward/location", partial(aggregate_backward, needed=(False, True, False))),
     ("aggregate_backward/weights", partial(aggregate_backward, needed=(False, False, True))),
     *(
-        (f"aggregate_backward/{channels}-channels", partial(aggregate_backward, torch.float32, channels, groups))
+        (
+            f"aggregate_backward/{channels}-channels-{groups}-groups",
+            partial(aggregate_backward, torch.float32, channels, groups),
+        )
         for channels, groups in BLOCKS
     ),
 ]

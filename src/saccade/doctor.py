@@ -55,7 +55,12 @@ def _deformable_aggregation(device: str, dtype: torch.dtype) -> list[Tensor]:
     weights = random(2, 20, 5, 3, 2, 4, requires_grad=True)
     rows, spatial_shape, scale_start_index = saccade.feature_maps_format(maps)
     result = saccade.deformable_aggregation(rows, spatial_shape, scale_start_index, location, weights)
-    return _with_gradients(result, *maps, location, weights)
+    results = _with_gradients(result, *maps, location, weights)
+    channels_last = [
+        m.detach().permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3).requires_grad_() for m in maps
+    ]
+    in_place = saccade.deformable_aggregation(channels_last, None, None, location, weights)
+    return [*results, *_with_gradients(in_place, *channels_last, location, weights)]
 
 
 def _focal_loss(device: str, dtype: torch.dtype) -> list[Tensor]:

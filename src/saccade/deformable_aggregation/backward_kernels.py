@@ -14,7 +14,7 @@ atomics, without a float32 copy, and with the same bits in every run. Two neighb
 4. `_join_kernel` sums the few rows that several windows share; `_combine_kernel` puts the two records of each point and
    level together to the gradients of locations and weights, zeros where nothing is visible.
 
-Scratch memory is bounded by working on some samples of the batch at a time.
+Scratch memory is bounded by working on some samples of the batch at a time (``samples_at_once``).
 
 What bounds it (ncu, H200, 8 samples of 900 anchors x 13 points, 256 channels, float32: 595 us in two halves, floor
 267 us): of each half 207 us are the gathering, in which the second-level cache is busy by 68 %, main memory by 55 % and
@@ -47,6 +47,7 @@ from saccade.deformable_aggregation.kernels import (
     pixel_before,
     row_columns,
     row_tile,
+    samples_at_once,
 )
 from saccade.precision import compute_dtype
 from saccade.triton_dispatch import on_device_of
@@ -58,14 +59,14 @@ _ROWS_OF_WINDOW = 22
 # a one works its records out again rather than wait for what the window before it has to say.
 _FEW = tl.constexpr(8)
 
-# Scratch memory: a share of what features and weights and their gradients take, or this many bytes; and where one
-# sample needs more, as much as that.
-_SCRATCH_SHARE, _SCRATCH_BYTES = 0.12, 128 << 20
+# From this many rows or records on, they are counted with 64 bits. Blocks of them may reach beyond the last one.
+_MOST_FOR_32_BITS = 2**31 - 2**10
 
 
 @triton.jit
 def _row_of(level, sample, row, samples, map_rows):
     """Number of a map's row among those of all samples and maps, map by map, within a map sample by sample."""
+    samples = tl.full([], samples, tl.int64)
     first = samples * map_rows[0]
     result = sample * map_rows[0] + row
     for other in tl.static_range(1, len(map_rows)):
@@ -77,7 +78,7 @@ def _row_of(level, sample, row, samples, map_rows):
 @triton.jit
 def _address_of(maps, row, samples, map_rows, C: tl.constexpr):
     """Where a row numbered by `_row_of` lies in memory, and the number after the last row of its map."""
-    row = row.to(tl.int64)
+    row, samples = row.to(tl.int64), tl.full([], samples, tl.int64)
     source = maps[0] + row * C
     stop = samples * map_rows[0]
     first = stop
@@ -172,11 +173,15 @@ def _place_kernel(
 
 @triton.jit
 def _order_kernel(
-    spatial_shape, scale_start_index, location, begins, placed, ordered, shares, total, pairs_of_sample, samples,
+    spatial_shape, scale_start_index, location, begins, placed, ordered, shares, rows, pairs_of_sample, samples,
     map_rows, N: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Put the records of each row in the order of their numbers: so that sums over them are the same in every run."""
-    total = tl.load(total)
+    """Put the records of each row in the order of their numbers: so that sums over them are the same in every run.
+
+    Every record looks at all of its row: the work is quadratic in the records of a row, nothing beside the rest where
+    these are some hundreds, and felt where all points of a scene lie on one pixel.
+    """
+    total = tl.load(begins + rows)
     for block in range(tl.program_id(0), tl.cdiv(total, BLOCK), tl.num_programs(0)):
         position = block * BLOCK + tl.arange(0, BLOCK)
         mask = position < total
@@ -213,7 +218,7 @@ def _split_kernel(begins, window_rows, window_positions, rows, windows, COST: tl
     work = rows + COST * tl.load(begins + rows).to(tl.int64)
     target = work * window // windows
     # The last row with at most `target` of work before it, by a search that divides by 32.
-    low = window * 0
+    low = (window * 0).to(tl.int64)
     high = low + rows
     while tl.max(high - low) > 0:
         step = (high - low + 31) // 32
@@ -223,6 +228,7 @@ def _split_kernel(begins, window_rows, window_positions, rows, windows, COST: tl
         high = tl.where(reached < 32, tl.minimum(low + (reached + 1) * step, high) - 1, high)
         low = tl.minimum(low + reached * step, high)
     begin, end = tl.load(begins + low), tl.load(begins + tl.minimum(low + 1, rows))
+    # A row with few records is not divided: the window begins with it.
     skipped = ((target - low - COST * begin.to(tl.int64)) // COST).to(begin.dtype)
     position = tl.where(end - begin < _FEW, begin, tl.minimum(begin + skipped, end))
     tl.store(window_rows + window, low, mask=window <= windows)
@@ -247,7 +253,12 @@ def _load_record(
 
 @triton.jit
 def _shared_rows(begins, first_row, position):
-    """How many rows from its first one on a window shares with others."""
+    """How many rows from its first one on a window shares with others.
+
+    If it begins within a row, this row, and the one after it, to which the row's second corners contribute. If it
+    begins with a row, the row before contributes to that: its few records the window works out again, and shares
+    nothing; many it does not.
+    """
     begin = tl.load(begins + first_row)
     before = tl.load(begins + tl.maximum(first_row - 1, 0))
     return tl.where(position > begin, 2, tl.where(begin - before < _FEW, 0, 1))
@@ -261,7 +272,13 @@ def _gather_kernel(
     BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
     NEED_FEATURES: tl.constexpr, NEED_REST: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Go through the rows and records of one window."""
+    """Go through the rows and records of one window.
+
+    Gradients of rows that no other window has to do with go to `grad_maps`. Of the others, `partial` gets what this
+    window says: in slots 0 and 1 of its first row and the one after it, in slots 2 and 3 of the row where the next
+    window begins and the one after that, unless that is one of the first two. Only slots of shared rows are written
+    and read.
+    """
     window = tl.program_id(0)
     first_row, last_row = tl.load(window_rows + window), tl.load(window_rows + window + 1)
     position, last = tl.load(window_positions + window), tl.load(window_positions + window + 1)
@@ -311,8 +328,8 @@ def _gather_kernel(
                 if NEED_REST:
                     near = tl.sum(tl.sum(grad * feature, 0), 1)  # (G,)
                     far = tl.where(second >= 0, tl.sum(tl.sum(grad * following, 0), 1), 0)
-                    sample = first * near + tl.maximum(second, 0.0) * far
-                    tl.store(along + record.to(tl.int64) * G + group, sample, mask=group < G)
+                    between = first * near + tl.maximum(second, 0.0) * far
+                    tl.store(along + record.to(tl.int64) * G + group, between, mask=group < G)
                     slope = tl.where(second == -2, near, far - near)
                     tl.store(across + record, tl.sum(weight * slope, 0))
                 record, first, second, share = next_record, next_first, next_second, next_share
@@ -414,14 +431,6 @@ def _combine_kernel(
         tl.store(target + 1, tl.sum(grad_y, 1, keep_dims=True).to(grad_location.dtype.element_ty), mask=mask)
 
 
-def _samples_at_once(maps: Sequence[Tensor], weights: Tensor, bytes_of_sample: int) -> int:
-    """Into how many equal parts the batch is cut, so that scratch memory stays within bounds."""
-    batch = weights.shape[0]
-    budget = max(_SCRATCH_BYTES, int(_SCRATCH_SHARE * 2 * (sum(m.nbytes for m in maps) + weights.nbytes)))
-    at_most = max(1, min(batch, budget // bytes_of_sample))
-    return triton.cdiv(batch, triton.cdiv(batch, at_most))
-
-
 def deformable_aggregation_backward(
     grad_output: Tensor,  # (B, A, C)
     maps: Sequence[Tensor],  # one (B, S, C), or for each level (B, rows of the level, C)
@@ -446,12 +455,13 @@ def deformable_aggregation_backward(
     of_maps = (spatial_shape.contiguous(), scale_start_index.contiguous())
     map_rows = tuple(m.shape[1] for m in maps)
     of_sample = anchors * points * cameras * levels * 2  # records
-    at_once = _samples_at_once(
-        maps, weights, of_sample * (2 * 4 + dtype.itemsize * (3 + (groups + 1 if need_rest else 0)))
-    )
+    windows_of_sample = triton.cdiv(sum(map_rows), _ROWS_OF_WINDOW)
+    bytes_of_record = 2 * 4 + dtype.itemsize * (3 + (groups + 1 if need_rest else 0))
+    bytes_of_rows = sum(map_rows) * 2 * 4 + (windows_of_sample * 4 * channels * dtype.itemsize if need_features else 0)
+    at_once = samples_at_once(maps, weights, of_sample * bytes_of_record + bytes_of_rows)
     most_records, most_rows = at_once * of_sample, at_once * sum(map_rows)
-    index = torch.int32 if max(most_records, most_rows) < 2**31 else torch.int64
-    windows = triton.cdiv(most_rows, _ROWS_OF_WINDOW)
+    index = torch.int32 if max(most_records, most_rows) < _MOST_FOR_32_BITS else torch.int64
+    windows = at_once * windows_of_sample
 
     new_empty = maps[0].new_empty
     counts = new_empty(most_rows + 1, dtype=torch.int32)
@@ -463,6 +473,7 @@ def deformable_aggregation_backward(
     partial = new_empty(windows if need_features else 0, 4, channels, dtype=dtype)
 
     block_l, block_g = triton.next_power_of_2(levels), triton.next_power_of_2(groups)
+    few_points = max(1, min(8, 512 // (block_l * block_g)))  # as many as registers hold
     of_points = dict(N=cameras, L=levels, COMPUTE=TRITON_DTYPE[dtype], enable_fp_fusion=False)
     for b in range(0, batch, at_once):
         samples = min(at_once, batch - b)
@@ -483,7 +494,7 @@ def deformable_aggregation_backward(
                 *of_maps, location, begins, slots, placed, *sizes, BLOCK_L=block_l, BLOCK=32, **of_points, num_warps=2
             )
             _order_kernel[(min(triton.cdiv(samples * of_sample, 128), 2048),)](
-                *of_maps, location, begins, placed, ordered, shares, begins[-1:], anchors * points * cameras, samples,
+                *of_maps, location, begins, placed, ordered, shares, rows, anchors * points * cameras, samples,
                 map_rows, BLOCK=128, **of_points,
             )  # fmt: skip
             _split_kernel[(triton.cdiv(windows + 1, 4),)](
@@ -503,9 +514,9 @@ def deformable_aggregation_backward(
                     num_warps=1,
                 )  # fmt: skip
             if need_rest:
-                _combine_kernel[(triton.cdiv(of_batch, 8) * cameras,)](
+                _combine_kernel[(triton.cdiv(of_batch, few_points) * cameras,)](
                     *of_maps, location, weight, along, across, grad_location[b:], grad_weights[b:], of_batch, map_rows,
-                    G=groups, BLOCK_L=block_l, BLOCK_G=block_g, BLOCK=8,
+                    G=groups, BLOCK_L=block_l, BLOCK_G=block_g, BLOCK=few_points,
                     NEED_LOCATION=need_location, NEED_WEIGHTS=need_weights, **of_points, num_warps=2,
                 )  # fmt: skip
     return grad_maps, grad_location, grad_weights

@@ -38,6 +38,10 @@ _SEGMENT = {2: 8, 4: 32, 8: 32}
 _WARPS = {2: 2, 4: 8, 8: 8}
 _ENOUGH_PROGRAMS = {2: 16384, 4: 8192, 8: 8192}
 
+# Scratch memory, forward and backward: an eighth of what features and weights and their gradients take, or this much;
+# and where one sample of the batch needs more, as much as that.
+_SCRATCH_SHARE, _SCRATCH_BYTES = 0.125, 200 << 20
+
 # So that four blocks of eight warps fit on a multiprocessor; AMD's compiler has no such option.
 _REGISTERS = {} if torch.version.hip else {"maxnreg": 56}
 
@@ -136,7 +140,9 @@ def _plan_kernel(
                 share = (share_lower if corner // 2 else share_upper) * (share_right if corner % 2 else share_left)
                 tl.store(shares + entry + corner, tl.where(exists, share, -1), mask=mask)
                 corners += exists.to(tl.int32)
-            which = tl.where(corners > 0, ((pair * L + level) * 2 + across).to(wheres.dtype.element_ty), -1)
+            which = tl.where(
+                corners > 0, ((pair.to(tl.int64) * L + level) * 2 + across).to(wheres.dtype.element_ty), -1
+            )
             tl.store(wheres + entry, tl.where(corners > 0, row, 0).to(wheres.dtype.element_ty), mask=mask)
             tl.store(wheres + entry + 1, tl.where(corners > 0, down, 0).to(wheres.dtype.element_ty), mask=mask)
             tl.store(wheres + entry + 2, which, mask=mask)
@@ -160,15 +166,15 @@ def _load_sample(wheres, shares, entry, exists):
 
 @triton.jit
 def _aggregate_kernel(
-    maps, weights, counts, wheres, shares, output, anchors, map_rows,
+    maps, weights, counts, wheres, shares, output, anchors, parts, map_rows,
     K: tl.constexpr, N: tl.constexpr, L: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    SEGMENT: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr, COMPUTE: tl.constexpr,
+    SEGMENT: tl.constexpr, WARPS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Sum the listed samples of an anchor, or of one of PARTS parts of its segments; each warp takes some."""
+    """Sum the listed samples of an anchor, or of one of `parts` parts of its segments; each warp takes some."""
     SEGMENTS: tl.constexpr = (K + SEGMENT - 1) // SEGMENT
-    part = tl.program_id(0) % PARTS
-    anchor = (tl.program_id(0) // PARTS).to(tl.int64)
+    part = tl.program_id(0) % parts
+    anchor = (tl.program_id(0) // parts).to(tl.int64)
     sample = anchor // anchors
     columns, in_row = row_columns(G, C, BLOCK_H, BLOCK_G, BLOCK_C)
     columns, in_row = columns[:, None], in_row[:, None]  # (H, 1, G, C / G / H)
@@ -176,12 +182,12 @@ def _aggregate_kernel(
     warp = tl.arange(0, WARPS)[None, :, None, None]
     from_weights = weights + anchor * (K * N * L * G) + group
     total = tl.zeros([BLOCK_H, WARPS, BLOCK_G, BLOCK_C], COMPUTE)
-    for segment in range(part * SEGMENTS // PARTS, (part + 1) * SEGMENTS // PARTS):
+    for segment in range(part * SEGMENTS // parts, (part + 1) * SEGMENTS // parts):
         count = tl.load(counts + anchor * SEGMENTS + segment)
         begin = (anchor * SEGMENTS + segment) * (SEGMENT * N * L)
         row, down, which, s00, s01, s10, s11 = _load_sample(wheres, shares, begin + warp, warp < count)
         for first in range(0, count, WARPS):
-            weight = tl.load(from_weights + which // 2 * G, mask=(group < G) & (which >= 0), other=0).to(
+            weight = tl.load(from_weights + (which // 2).to(tl.int64) * G, mask=(group < G) & (which >= 0), other=0).to(
                 COMPUTE
             )  # (1, WARPS, G, 1)
             source = maps[0] + (sample * map_rows[0] + row) * C
@@ -202,16 +208,16 @@ def _aggregate_kernel(
             total = tl.fma(f01, w01, total)
             total = tl.fma(f10, w10, total)
             total = tl.fma(f11, w11, total)
-    target = output + (part.to(tl.int64) * (tl.num_programs(0) // PARTS) + anchor) * C + columns
+    target = output + (part.to(tl.int64) * (tl.num_programs(0) // parts) + anchor) * C + columns
     tl.store(target, tl.sum(total, 1, keep_dims=True).to(output.dtype.element_ty), mask=in_row)
 
 
 @triton.jit
-def _sum_parts_kernel(parts, output, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_parts_kernel(sums, output, size, parts, BLOCK: tl.constexpr):
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.load(parts + element, mask=element < size, other=0)
-    for part in range(1, PARTS):
-        total += tl.load(parts + part * size + element, mask=element < size, other=0)
+    total = tl.load(sums + element, mask=element < size, other=0)
+    for part in range(1, parts):
+        total += tl.load(sums + part * size + element, mask=element < size, other=0)
     tl.store(output + element, total.to(output.dtype.element_ty), mask=element < size)
 
 
@@ -220,6 +226,14 @@ def row_tile(channels: int, groups: int, itemsize: int) -> dict[str, int]:
     block_g, block_c = triton.next_power_of_2(groups), triton.next_power_of_2(channels // groups)
     at_once = min(block_c, 16 // itemsize * max(1, 32 // block_g))
     return dict(BLOCK_H=block_c // at_once, BLOCK_G=block_g, BLOCK_C=at_once)
+
+
+def samples_at_once(maps: Sequence[Tensor], weights: Tensor, bytes_of_sample: int) -> int:
+    """How many samples of the batch are worked on at a time, so that scratch memory stays within bounds."""
+    batch = weights.shape[0]
+    budget = max(_SCRATCH_BYTES, int(_SCRATCH_SHARE * 2 * (sum(m.nbytes for m in maps) + weights.nbytes)))
+    at_most = max(1, min(batch, budget // bytes_of_sample))
+    return triton.cdiv(batch, triton.cdiv(batch, at_most))  # in equal parts
 
 
 def deformable_aggregation(
@@ -231,34 +245,42 @@ def deformable_aggregation(
 ) -> Tensor:  # (B, A, C)
     """See ``saccade.deformable_aggregation``."""
     batch, anchors, points, cameras, levels, groups = weights.shape
-    channels = maps[0].shape[2]
+    channels, itemsize = maps[0].shape[2], maps[0].element_size()
     dtype = compute_dtype(maps[0], sampling_location, weights)
-    itemsize = maps[0].element_size()
+    output = maps[0].new_empty(batch, anchors, channels)
+    maps, of_maps = [m.contiguous() for m in maps], (spatial_shape.contiguous(), scale_start_index.contiguous())
+    sampling_location, weights = sampling_location.contiguous(), weights.contiguous()
+    map_rows = tuple(m.shape[1] for m in maps)
+    few = max(*map_rows, points * cameras * levels) < 2**30  # few enough that 32 bits count them
+    row_dtype = torch.int32 if few else torch.int64
+
     segment, warps = min(_SEGMENT[itemsize], triton.next_power_of_2(points)), _WARPS[itemsize]
     segments = triton.cdiv(points, segment)
-    parts = max(1, min(segments, _ENOUGH_PROGRAMS[itemsize] // (batch * anchors)))
-    samples = batch * anchors * segments * segment * cameras * levels
-    row_dtype = torch.int32 if max(m.shape[1] for m in maps) < 2**31 else torch.int64
-
+    listed = anchors * segments * segment * cameras * levels  # of a sample of the batch, at most
+    at_once = samples_at_once(maps, weights, listed * 4 * (row_dtype.itemsize + dtype.itemsize))
+    parts = max(1, min(segments, _ENOUGH_PROGRAMS[itemsize] // (at_once * anchors)))
     new_empty = maps[0].new_empty
-    output = new_empty(batch, anchors, channels)
-    summed = output if parts == 1 else new_empty(parts, batch, anchors, channels, dtype=dtype)
-    counts = new_empty(batch * anchors * segments, dtype=torch.int32)
-    wheres, shares = new_empty(samples, 4, dtype=row_dtype), new_empty(samples, 4, dtype=dtype)
-    map_rows = tuple(m.shape[1] for m in maps)
+    counts = new_empty(at_once * anchors * segments, dtype=torch.int32)
+    wheres, shares = (new_empty(at_once * listed, 4, dtype=kind) for kind in (row_dtype, dtype))
+    sums = new_empty(parts if parts > 1 else 0, at_once, anchors, channels, dtype=dtype)
+
+    tile = row_tile(channels, groups, itemsize)
+    fits = dtype == torch.float32 and itemsize == 4 and tile["BLOCK_H"] * tile["BLOCK_G"] * tile["BLOCK_C"] <= 256
     of_points = dict(K=points, N=cameras, L=levels, SEGMENT=segment, COMPUTE=TRITON_DTYPE[dtype])
-    with on_device_of(output):
-        _plan_kernel[(batch * anchors * segments,)](
-            spatial_shape.contiguous(), scale_start_index.contiguous(), sampling_location.contiguous(),
-            counts, wheres, shares, map_rows, BLOCK_L=triton.next_power_of_2(levels), **of_points,
-            num_warps=1, enable_fp_fusion=False,
-        )  # fmt: skip
-        _aggregate_kernel[(batch * anchors * parts,)](
-            tuple(m.contiguous() for m in maps), weights.contiguous(), counts, wheres, shares, summed, anchors,
-            map_rows, G=groups, C=channels, **row_tile(channels, groups, itemsize), PARTS=parts, WARPS=warps,
-            **of_points, num_warps=warps, **(_REGISTERS if itemsize == 4 else {}),
-        )  # fmt: skip
-        if parts > 1:
-            grid = (triton.cdiv(output.numel(), 1024),)
-            _sum_parts_kernel[grid](summed, output, output.numel(), PARTS=parts, BLOCK=1024)
+    for b in range(0, batch, at_once):
+        of_chunk = min(at_once, batch - b) * anchors
+        target = output[b : b + at_once]
+        with on_device_of(output):
+            _plan_kernel[(of_chunk * segments,)](
+                *of_maps, sampling_location[b:], counts, wheres, shares, map_rows,
+                BLOCK_L=triton.next_power_of_2(levels), **of_points, num_warps=1, enable_fp_fusion=False,
+            )  # fmt: skip
+            _aggregate_kernel[(of_chunk * parts,)](
+                tuple(m[b:] for m in maps), weights[b:], counts, wheres, shares, sums if parts > 1 else target,
+                anchors, parts, map_rows, G=groups, C=channels, **tile, WARPS=warps, **of_points,
+                num_warps=warps, **(_REGISTERS if fits else {}),
+            )  # fmt: skip
+            if parts > 1:
+                grid = (triton.cdiv(target.numel(), 1024),)
+                _sum_parts_kernel[grid](sums, target, target.numel(), parts, BLOCK=1024)
     return output
