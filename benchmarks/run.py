@@ -25,7 +25,7 @@ SUITES = {"aggregation": aggregation}
 
 
 def _commit() -> str:
-    """What is being timed: the variable GIT_COMMIT, for a copy that has no history of its own, or the checkout's commit."""
+    """What is being timed: GIT_COMMIT, for a copy that has no history of its own, or the checkout's commit."""
     if "GIT_COMMIT" in os.environ:
         return os.environ["GIT_COMMIT"]
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "--quiet", "HEAD"]
