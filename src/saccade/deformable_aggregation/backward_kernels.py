@@ -120,7 +120,7 @@ def _block_of_points(
     location, points, N: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """A block of points in the camera of this program, and the numbers of their records: (BLOCK, L, 2) tensors."""
+    """A block of points in the camera of this program: (BLOCK, 1, 1); and their records' numbers: (BLOCK, L, 2)."""
     camera = tl.program_id(0) % N
     point = (tl.program_id(0) // N).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None, None]
     level = tl.arange(0, BLOCK_L)[None, :, None]
@@ -274,6 +274,8 @@ def _gather_kernel(
 ):  # fmt: skip
     """Go through the rows and records of one window.
 
+    Of each record, `along` gets the products with what its two rows have at the point's column, group by group, and
+    `across` how the sum of these changes along the row.
     Gradients of rows that no other window has to do with go to `grad_maps`. Of the others, `partial` gets what this
     window says: in slots 0 and 1 of its first row and the one after it, in slots 2 and 3 of the row where the next
     window begins and the one after that, unless that is one of the first two. Only slots of shared rows are written

@@ -94,9 +94,10 @@ def _plan_kernel(
 ):  # fmt: skip
     """List the samples of one segment of an anchor's key points: of the cameras that see it, on every level.
 
-    Of each sample: row of its upper left corner, rows from there to the corner below, twice the number of its weight
-    plus rows to the corner beside (-1 if it has no corner at all); and the shares of the four corners (-1 for one that
-    does not exist).
+    Of each sample, in `wheres`: row of its upper left corner; rows from there to the corner below; and the number of
+    its weight within the anchor, times two, plus the rows to the corner beside, 0 or 1 (or -1 if it has no corner). The
+    fourth column is left, so that entries are 16 bytes. In `shares`: those of the four corners, -1 for one that does
+    not exist.
     """
     segment = tl.program_id(0).to(tl.int64)
     SEGMENTS: tl.constexpr = (K + SEGMENT - 1) // SEGMENT
