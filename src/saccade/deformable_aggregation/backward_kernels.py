@@ -7,7 +7,7 @@ atomics, without a float32 copy, and with the same bits in every run. Two neighb
 
 1. `_count_kernel`, a running sum, `_place_kernel`: file the records by row. Integer atomics deal out the places, so
    `_order_kernel` then sorts those of each row by their number: a record's place is how many of its row come before it.
-2. `_split_kernel` cuts rows and records into windows of equal work, wherever that cuts a row's records.
+2. `_split_kernel` cuts rows and records into windows of equal work, if need be within the records of a row.
 3. `_gather_kernel`, one warp to a window: for each record read the gradient of its anchor's output, add to the
    gradients of the two rows, and take the products with the two rows of features, group by group. Of these products it
    keeps per record what the location and the weights need.
