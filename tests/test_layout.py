@@ -62,10 +62,11 @@ def test_kernels_are_used_by_their_own_operator_alone():
             assert path.parent == kernels.parent or not depends_on(path, module_of(kernels)), f"{path} uses {kernels}"
 
 
-def test_triton_is_imported_by_kernels_alone():
+def test_triton_is_imported_by_kernels_and_their_launch_alone():
     assert KERNELS
     for path in MODULES:
-        assert path in KERNELS or not depends_on(path, "triton"), path
+        assert path in [*KERNELS, PACKAGE / "kernel_launch.py"] or not depends_on(path, "triton"), path
+        assert path in KERNELS or not depends_on(path, "saccade.kernel_launch"), path
 
 
 def test_the_library_proper_needs_torch_alone():

@@ -1,10 +1,8 @@
-"""When a call is served by Triton kernels, and on which device they are launched."""
+"""When a call is served by Triton kernels."""
 
 import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
 
-import torch
 from torch import Tensor
 
 # Triton interprets kernels on the CPU if this was set when it was imported.
@@ -21,10 +19,3 @@ def triton_is_installed() -> bool:
 def served_by_triton(tensor: Tensor) -> bool:
     """Whether kernels serve a call on this tensor: on a GPU, or on the CPU under Triton's interpreter."""
     return (tensor.is_cuda or _INTERPRETING) and _INSTALLED
-
-
-def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it the tensor's."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(tensor.device)

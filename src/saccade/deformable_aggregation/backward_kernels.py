@@ -49,8 +49,8 @@ from saccade.deformable_aggregation.kernels import (
     row_tile,
     samples_at_once,
 )
+from saccade.kernel_launch import LaunchedKernel, on_device_of, overlapping, wait_for_kernel_before
 from saccade.precision import compute_dtype
-from saccade.triton_dispatch import on_device_of
 
 # Rows of features that a window has on average: enough windows that the last ones to finish leave no GPU idle.
 _ROWS_OF_WINDOW = 22
@@ -135,12 +135,15 @@ def _any(flags):
     return tl.max(tl.max(tl.max(flags.to(tl.int32), 2), 1), 0) > 0
 
 
+@LaunchedKernel
 @triton.jit
 def _count_kernel(
     spatial_shape, scale_start_index, location, counts, slots, points, points_of_sample, samples, map_rows,
     N: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Count the records of each row."""
+    wait_for_kernel_before(OVERLAP)
     point, camera, level, record, x, y = _block_of_points(location, points, N, L, BLOCK_L, BLOCK, COMPUTE)
     visible = is_visible(x, y)
     if _any(visible):
@@ -153,12 +156,15 @@ def _count_kernel(
         tl.store(slots + record, slot, mask=exists)
 
 
+@LaunchedKernel
 @triton.jit
 def _place_kernel(
     spatial_shape, scale_start_index, location, begins, slots, placed, points, points_of_sample, samples, map_rows,
     N: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Put the records of each row side by side, in no particular order."""
+    wait_for_kernel_before(OVERLAP)
     point, camera, level, record, x, y = _block_of_points(location, points, N, L, BLOCK_L, BLOCK, COMPUTE)
     visible = is_visible(x, y)
     if _any(visible):
@@ -171,16 +177,18 @@ def _place_kernel(
         tl.store(placed + position, record.to(placed.dtype.element_ty), mask=exists)
 
 
+@LaunchedKernel
 @triton.jit
 def _order_kernel(
     spatial_shape, scale_start_index, location, begins, placed, ordered, shares, rows, pairs_of_sample, samples,
-    map_rows, N: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+    map_rows, N: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Put the records of each row in the order of their numbers: so that sums over them are the same in every run.
 
     Every record looks at all of its row: the work is quadratic in the records of a row, nothing beside the rest where
     these are some hundreds, and felt where all points of a scene lie on one pixel.
     """
+    wait_for_kernel_before(OVERLAP)
     total = tl.load(begins + rows)
     for block in range(tl.program_id(0), tl.cdiv(total, BLOCK), tl.num_programs(0)):
         position = block * BLOCK + tl.arange(0, BLOCK)
@@ -210,9 +218,14 @@ def _order_kernel(
         tl.store(shares + entry + 2, share, mask=mask)
 
 
+@LaunchedKernel
 @triton.jit
-def _split_kernel(begins, window_rows, window_positions, rows, windows, COST: tl.constexpr, WINDOWS: tl.constexpr):
+def _split_kernel(
+    begins, window_rows, window_positions, rows, windows,
+    COST: tl.constexpr, WINDOWS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """Where windows of equal work begin: in which row, at which record. A row costs 1 to write, a record COST."""
+    wait_for_kernel_before(OVERLAP)
     window = tl.program_id(0) * WINDOWS + tl.arange(0, WINDOWS)[:, None]  # (WINDOWS, 1)
     lane = tl.arange(0, 32)[None, :]
     work = rows + COST * tl.load(begins + rows).to(tl.int64)
@@ -264,13 +277,14 @@ def _shared_rows(begins, first_row, position):
     return tl.where(position > begin, 2, tl.where(begin - before < _FEW, 0, 1))
 
 
+@LaunchedKernel
 @triton.jit
 def _gather_kernel(
     maps, grad_output, weights, begins, ordered, shares, window_rows, window_positions,
     grad_maps, partial, along, across, samples, map_rows,
     PAIRS: tl.constexpr, L: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    NEED_FEATURES: tl.constexpr, NEED_REST: tl.constexpr, COMPUTE: tl.constexpr,
+    NEED_FEATURES: tl.constexpr, NEED_REST: tl.constexpr, COMPUTE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Go through the rows and records of one window.
 
@@ -281,6 +295,7 @@ def _gather_kernel(
     window begins and the one after that, unless that is one of the first two. Only slots of shared rows are written
     and read.
     """
+    wait_for_kernel_before(OVERLAP)
     window = tl.program_id(0)
     first_row, last_row = tl.load(window_rows + window), tl.load(window_rows + window + 1)
     position, last = tl.load(window_positions + window), tl.load(window_positions + window + 1)
@@ -354,12 +369,14 @@ def _gather_kernel(
             tl.store(partial + tl.where(last_row == first_row, 1, 3) * C, after, mask=in_row)
 
 
+@LaunchedKernel
 @triton.jit
 def _join_kernel(
     begins, window_rows, window_positions, partial, grad_maps, rows, windows, samples, map_rows,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr, COMPUTE: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr, COMPUTE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Sum what windows say of the rows that one shares with others, unless an earlier one shares them too."""
+    wait_for_kernel_before(OVERLAP)
     window = tl.program_id(0)
     first = tl.load(window_rows + window)
     shared = _shared_rows(begins, first, tl.load(window_positions + window))
@@ -386,13 +403,16 @@ def _join_kernel(
         tl.store(target + channel, total.to(grad_maps[0].dtype.element_ty), mask=mine & (channel < C))
 
 
+@LaunchedKernel
 @triton.jit
 def _combine_kernel(
     spatial_shape, scale_start_index, location, weights, along, across, grad_location, grad_weights, points, map_rows,
     N: tl.constexpr, L: tl.constexpr, G: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK: tl.constexpr, NEED_LOCATION: tl.constexpr, NEED_WEIGHTS: tl.constexpr, COMPUTE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Put together what the two records of a point on a level say of it."""
+    wait_for_kernel_before(OVERLAP)
     camera = tl.program_id(0) % N
     point = (tl.program_id(0) // N).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None, None]  # (BLOCK, 1, 1)
     pair = point * N + camera
@@ -476,7 +496,8 @@ def deformable_aggregation_backward(
 
     block_l, block_g = triton.next_power_of_2(levels), triton.next_power_of_2(groups)
     few_points = max(1, min(8, 512 // (block_l * block_g)))  # as many as registers hold
-    of_points = dict(N=cameras, L=levels, COMPUTE=TRITON_DTYPE[dtype], enable_fp_fusion=False)
+    overlap = overlapping(grad_output)
+    of_points = dict(N=cameras, L=levels, COMPUTE=TRITON_DTYPE[dtype], enable_fp_fusion=False, **overlap)
     for b in range(0, batch, at_once):
         samples = min(at_once, batch - b)
         rows, of_batch = samples * sum(map_rows), samples * anchors * points
@@ -500,7 +521,7 @@ def deformable_aggregation_backward(
                 map_rows, BLOCK=128, **of_points,
             )  # fmt: skip
             _split_kernel[(triton.cdiv(windows + 1, 4),)](
-                begins, window_rows, window_positions, rows, windows, COST=3, WINDOWS=4
+                begins, window_rows, window_positions, rows, windows, COST=3, WINDOWS=4, **overlap
             )
             _gather_kernel[(windows,)](
                 maps_here, grad_output[b:], weight, begins, ordered, shares, window_rows, window_positions,
@@ -508,12 +529,13 @@ def deformable_aggregation_backward(
                 PAIRS=points * cameras, L=levels, G=groups, C=channels,
                 **row_tile(channels, groups, maps[0].element_size()),
                 NEED_FEATURES=need_features, NEED_REST=need_rest, COMPUTE=TRITON_DTYPE[dtype], num_warps=1,
+                **overlap,
             )  # fmt: skip
             if need_features:
                 _join_kernel[(windows,)](
                     begins, window_rows, window_positions, partial, grads_here, rows, windows, samples, map_rows,
                     C=channels, BLOCK_C=triton.next_power_of_2(channels), AHEAD=2, COMPUTE=TRITON_DTYPE[dtype],
-                    num_warps=1,
+                    num_warps=1, **overlap,
                 )  # fmt: skip
             if need_rest:
                 _combine_kernel[(triton.cdiv(of_batch, few_points) * cameras,)](

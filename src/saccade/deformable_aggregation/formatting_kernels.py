@@ -14,13 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.triton_dispatch import on_device_of
+from saccade.kernel_launch import LaunchedKernel, on_device_of
 
 # Enough in flight to keep the memory busy, with room for several programs on a multiprocessor.
 _TILE_BYTES = 16384
 _MOST_TILE_CHANNELS = 64
 
 
+@LaunchedKernel
 @triton.jit(do_not_specialize=["batch_rows"])
 def _format_kernel(
     maps,  # L of (B, N, C, area of the level)

@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saccade.kernel_launch import LaunchedKernel, on_device_of, overlapping, wait_for_kernel_before
 from saccade.precision import compute_dtype
-from saccade.triton_dispatch import on_device_of
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -87,10 +87,29 @@ def row_columns(G: tl.constexpr, C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G
 
 
 @triton.jit
+def _seeing_cameras(location, point, K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr):
+    """One bit for each camera: whether it sees one of the points, told at once rather than camera by camera.
+
+    BLOCK_N is 64 at most. Cameras that share a bit, as they are more, all have it if one of them sees a point.
+    """
+    bit = tl.arange(0, BLOCK_N)[None, :]
+    seen = tl.zeros([1, BLOCK_N], tl.int32)
+    for first in tl.static_range(0, N, BLOCK_N):
+        camera = first + bit
+        pair = point * N + camera
+        exists = (point < K) & (camera < N)
+        x = tl.load(location + pair * 2, mask=exists, other=0).to(COMPUTE)
+        y = tl.load(location + pair * 2 + 1, mask=exists, other=0).to(COMPUTE)
+        seen |= tl.max(is_visible(x, y).to(tl.int32), 0, keep_dims=True)
+    return tl.sum(tl.sum(seen.to(tl.int64) << bit.to(tl.int64), 1), 0)
+
+
+@LaunchedKernel
+@triton.jit
 def _plan_kernel(
     spatial_shape, scale_start_index, location, counts, wheres, shares, map_rows,
-    K: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr, SEGMENT: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+    SEGMENT: tl.constexpr, COMPUTE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """List the samples of one segment of an anchor's key points: of the cameras that see it, on every level.
 
@@ -99,20 +118,22 @@ def _plan_kernel(
     fourth column is left, so that entries are 16 bytes. In `shares`: those of the four corners, -1 for one that does
     not exist.
     """
+    wait_for_kernel_before(OVERLAP)
     segment = tl.program_id(0).to(tl.int64)
     SEGMENTS: tl.constexpr = (K + SEGMENT - 1) // SEGMENT
     point = (segment % SEGMENTS).to(tl.int32) * SEGMENT + tl.arange(0, SEGMENT)[:, None]  # (SEGMENT, 1)
     level = tl.arange(0, BLOCK_L)[None, :]
     location += segment // SEGMENTS * (K * N * 2)
+    seeing = _seeing_cameras(location, point, K, N, BLOCK_N, COMPUTE)
     total = 0
     for camera in range(N):
-        pair = point * N + camera
-        x = tl.load(location + pair * 2, mask=point < K, other=0).to(COMPUTE)
-        y = tl.load(location + pair * 2 + 1, mask=point < K, other=0).to(COMPUTE)
-        visible = is_visible(x, y)
-        flag = visible.to(tl.int32)
-        seen = tl.sum(tl.sum(flag, 1), 0)
-        if seen > 0:
+        if (seeing >> (camera % BLOCK_N)) & 1 != 0:
+            pair = point * N + camera
+            x = tl.load(location + pair * 2, mask=point < K, other=0).to(COMPUTE)
+            y = tl.load(location + pair * 2 + 1, mask=point < K, other=0).to(COMPUTE)
+            visible = is_visible(x, y)
+            flag = visible.to(tl.int32)
+            seen = tl.sum(tl.sum(flag, 1), 0)
             rank = tl.cumsum(flag, 0) - flag
             height, width, start = load_map(spatial_shape, scale_start_index, camera * L + level, level < L)
             rows = map_rows[0]
@@ -147,7 +168,7 @@ def _plan_kernel(
             tl.store(wheres + entry, tl.where(corners > 0, row, 0).to(wheres.dtype.element_ty), mask=mask)
             tl.store(wheres + entry + 1, tl.where(corners > 0, down, 0).to(wheres.dtype.element_ty), mask=mask)
             tl.store(wheres + entry + 2, which, mask=mask)
-        total += seen * L
+            total += seen * L
     tl.store(counts + segment, total)
 
 
@@ -165,14 +186,16 @@ def _load_sample(wheres, shares, entry, exists):
     return row, down, which, s00, s01, s10, s11
 
 
+@LaunchedKernel
 @triton.jit
 def _aggregate_kernel(
     maps, weights, counts, wheres, shares, output, anchors, parts, map_rows,
     K: tl.constexpr, N: tl.constexpr, L: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    SEGMENT: tl.constexpr, WARPS: tl.constexpr, COMPUTE: tl.constexpr,
+    SEGMENT: tl.constexpr, WARPS: tl.constexpr, COMPUTE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Sum the listed samples of an anchor, or of one of `parts` parts of its segments; each warp takes some."""
+    wait_for_kernel_before(OVERLAP)
     SEGMENTS: tl.constexpr = (K + SEGMENT - 1) // SEGMENT
     part = tl.program_id(0) % parts
     anchor = (tl.program_id(0) // parts).to(tl.int64)
@@ -213,8 +236,10 @@ def _aggregate_kernel(
     tl.store(target, tl.sum(total, 1, keep_dims=True).to(output.dtype.element_ty), mask=in_row)
 
 
+@LaunchedKernel
 @triton.jit
-def _sum_parts_kernel(sums, output, size, parts, BLOCK: tl.constexpr):
+def _sum_parts_kernel(sums, output, size, parts, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    wait_for_kernel_before(OVERLAP)
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(sums + element, mask=element < size, other=0)
     for part in range(1, parts):
@@ -267,14 +292,16 @@ def deformable_aggregation(
 
     tile = row_tile(channels, groups, itemsize)
     fits = dtype == torch.float32 and itemsize == 4 and tile["BLOCK_H"] * tile["BLOCK_G"] * tile["BLOCK_C"] <= 256
-    of_points = dict(K=points, N=cameras, L=levels, SEGMENT=segment, COMPUTE=TRITON_DTYPE[dtype])
+    overlap = overlapping(output)
+    of_points = dict(K=points, N=cameras, L=levels, SEGMENT=segment, COMPUTE=TRITON_DTYPE[dtype], **overlap)
     for b in range(0, batch, at_once):
         of_chunk = min(at_once, batch - b) * anchors
         target = output[b : b + at_once]
         with on_device_of(output):
             _plan_kernel[(of_chunk * segments,)](
                 *of_maps, sampling_location[b:], counts, wheres, shares, map_rows,
-                BLOCK_L=triton.next_power_of_2(levels), **of_points, num_warps=1, enable_fp_fusion=False,
+                BLOCK_N=min(64, triton.next_power_of_2(cameras)), BLOCK_L=triton.next_power_of_2(levels), **of_points,
+                num_warps=1, enable_fp_fusion=False,
             )  # fmt: skip
             _aggregate_kernel[(of_chunk * parts,)](
                 tuple(m[b:] for m in maps), weights[b:], counts, wheres, shares, sums if parts > 1 else target,
@@ -283,5 +310,5 @@ def deformable_aggregation(
             )  # fmt: skip
             if parts > 1:
                 grid = (triton.cdiv(target.numel(), 1024),)
-                _sum_parts_kernel[grid](sums, target, target.numel(), parts, BLOCK=1024)
+                _sum_parts_kernel[grid](sums, target, target.numel(), parts, BLOCK=1024, **overlap)
     return output
