@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from accuracy import WrongResultError, require_accurate
 from aggregation_oracle import exact
+from records import COPY_BYTES_PER_US, IsWanted, Say, new_record
 from torch import Tensor
+from training_step import as_leaves, forget, forward_backward, memory_of, size_of
 from workloads import AGGREGATION, AggregationInputs, aggregation, aggregation_floor_bytes, device_us, wall_us
 
 import saccade
-
-OPERATOR = "deformable_aggregation"
 
 WORKLOADS = [*((name, torch.float32) for name in AGGREGATION), ("det-b8", torch.bfloat16), ("det-b8", torch.float16)]
 MAPS_WORKLOAD = "det-b8"  # what is also timed as a list of maps, and from there to rows
@@ -28,32 +28,20 @@ RECORDED_US = {
     "points39-b8": {"forward": 12881, "backward": 38859},
     "cameras12-b8": {"forward": 8603, "backward": 27077},
 }
-COPY_BYTES_PER_US = 4.2e6  # what a large copy moves on an H200, bytes read and written
 
 
-Say = Callable[[str], None]  # is told what is under way
-
-
-def records(quick: bool, say: Say) -> Iterator[dict[str, Any]]:
-    """One record for each workload and pass; ``quick`` leaves out the baselines."""
+def records(quick: bool, say: Say, is_wanted: IsWanted) -> Iterator[dict[str, Any]]:
+    """One record for each workload that is wanted and pass; ``quick`` leaves out the baselines."""
     for name, dtype in WORKLOADS:
-        yield from _on_rows(name, dtype, quick, say)
-        _forget()
-    yield from _on_maps(MAPS_WORKLOAD, say)
-    _forget()
-    yield from _formatting(MAPS_WORKLOAD, quick, say)
-    _forget()
-
-
-def _forget() -> None:
-    """Give back the memory of a workload, and what was compiled for it."""
-    torch.compiler.reset()
-    torch.cuda.empty_cache()
-
-
-def _record(workload: str, kind: str, clock: str, saccade_us: float, **more: Any) -> dict[str, Any]:
-    defaults = {"dtype": "float32", "baselines": {}, "recorded": {}}
-    return {"workload": workload, "pass": kind, "clock": clock, "saccade_us": saccade_us} | defaults | more
+        if is_wanted(f"aggregation/{name}"):
+            yield from _on_rows(name, dtype, quick, say)
+            forget()
+    if is_wanted(f"aggregation-maps/{MAPS_WORKLOAD}"):
+        yield from _on_maps(MAPS_WORKLOAD, say)
+        forget()
+    if is_wanted(f"feature_maps_format/{MAPS_WORKLOAD}"):
+        yield from _formatting(MAPS_WORKLOAD, quick, say)
+        forget()
 
 
 def _on_rows(name: str, dtype: torch.dtype, quick: bool, say: Say) -> Iterator[dict[str, Any]]:
@@ -62,7 +50,7 @@ def _on_rows(name: str, dtype: torch.dtype, quick: bool, say: Say) -> Iterator[d
     say(f"{workload} {short}: checking")
     inputs = aggregation(**AGGREGATION[name], dtype=dtype)
     features, shape, start, location, weights = inputs
-    leaves = _leaves(features, location, weights)
+    leaves = as_leaves(features, location, weights)
 
     def call(features: Tensor, location: Tensor, weights: Tensor) -> Tensor:
         return saccade.deformable_aggregation(features, shape, start, location, weights)
@@ -75,7 +63,7 @@ def _on_rows(name: str, dtype: torch.dtype, quick: bool, say: Say) -> Iterator[d
         return torch.ops.saccade.deformable_aggregation_backward(grad_output, *inputs, [True] * 3)
 
     def both() -> Tensor:
-        return _forward_backward(call, leaves, grad_output)
+        return forward_backward(call, leaves, grad_output)
 
     output = forward()
     grad_output = torch.randn_like(output)
@@ -92,7 +80,7 @@ def _on_rows(name: str, dtype: torch.dtype, quick: bool, say: Say) -> Iterator[d
 
     def record(kind: str, clock: str, saccade_us: float, **more: Any) -> dict[str, Any]:
         common = {"dtype": short, "floor_us": floors[kind], "error": errors[kind]}
-        return _record(workload, kind, clock, saccade_us, **common, **more)
+        return new_record(workload, kind, clock, saccade_us, **common, **more)
 
     compare = dtype == torch.float32 and not quick  # grid_sample wants features of the dtype of the locations
     maps = _channels_last(inputs) if compare else []
@@ -114,16 +102,16 @@ def _on_rows(name: str, dtype: torch.dtype, quick: bool, say: Say) -> Iterator[d
     yield record("backward-deterministic", "device", saccade_us)
 
     say(f"{workload} {short}: timing forward + backward")
-    memory = _memory(both, [*leaves, shape, start], grad_output)
+    memory = memory_of(both, [*leaves, shape, start, grad_output])
     saccade_us = wall_us(both, calls=50)
     baselines = {}
     if compare:
-        maps_leaves = _leaves(location, weights, *maps)
+        maps_leaves = as_leaves(location, weights, *maps)
         forms = {"grid_sample": _grid_sample, "grid_sample compiled": torch.compile(_grid_sample, dynamic=False)}
         for form, by_grid_sample in forms.items():
             say(f"{workload} {short}: timing forward + backward of {form}")
             baselines[form] = wall_us(
-                lambda sampled=by_grid_sample: _forward_backward(sampled, maps_leaves, grad_output), calls=5, repeats=3
+                lambda sampled=by_grid_sample: forward_backward(sampled, maps_leaves, grad_output), calls=5, repeats=3
             )
     yield record("forward+backward", "wall", saccade_us, baselines=baselines, **memory)
 
@@ -133,7 +121,7 @@ def _on_maps(name: str, say: Say) -> Iterator[dict[str, Any]]:
     workload = f"aggregation-maps/{name}"
     say(f"{workload}: checking")
     inputs = aggregation(**AGGREGATION[name])
-    leaves = _leaves(inputs.sampling_location, inputs.weights, *_channels_last(inputs))
+    leaves = as_leaves(inputs.sampling_location, inputs.weights, *_channels_last(inputs))
 
     def call(location: Tensor, weights: Tensor, *maps: Tensor) -> Tensor:
         return saccade.deformable_aggregation(list(maps), None, None, location, weights)
@@ -143,7 +131,7 @@ def _on_maps(name: str, say: Say) -> Iterator[dict[str, Any]]:
             return call(*leaves)
 
     def both() -> Tensor:
-        return _forward_backward(call, leaves, grad_output)
+        return forward_backward(call, leaves, grad_output)
 
     output = forward()
     grad_output = torch.randn_like(output)
@@ -160,11 +148,11 @@ def _on_maps(name: str, say: Say) -> Iterator[dict[str, Any]]:
     del inputs
     for kind, clock, measure in (
         ("forward", "device", lambda: (device_us(forward), {})),
-        ("forward+backward", "wall", lambda: (wall_us(both, calls=50), _memory(both, leaves, grad_output))),
+        ("forward+backward", "wall", lambda: (wall_us(both, calls=50), memory_of(both, [*leaves, grad_output]))),
     ):
         say(f"{workload}: timing {kind}")
         saccade_us, memory = measure()
-        yield _record(workload, kind, clock, saccade_us, floor_us=floors[kind], error=errors[kind], **memory)
+        yield new_record(workload, kind, clock, saccade_us, floor_us=floors[kind], error=errors[kind], **memory)
 
 
 def _formatting(name: str, quick: bool, say: Say) -> Iterator[dict[str, Any]]:
@@ -179,10 +167,10 @@ def _formatting(name: str, quick: bool, say: Say) -> Iterator[dict[str, Any]]:
     if not all(map(torch.equal, indices, (shape, start))):
         raise WrongResultError(f"{workload} is not timed: spatial_shape or scale_start_index is wrong")
     say(f"{workload}: timing forward")
-    floor_us = 2 * _size(features) / COPY_BYTES_PER_US
+    floor_us = 2 * size_of(features) / COPY_BYTES_PER_US
     baselines = {} if quick else {"cat of permuted maps": device_us(lambda: _plain_rows(maps))}
     saccade_us = device_us(lambda: saccade.feature_maps_format(maps))
-    yield _record(workload, "forward", "device", saccade_us, floor_us=floor_us, error=error, baselines=baselines)
+    yield new_record(workload, "forward", "device", saccade_us, floor_us=floor_us, error=error, baselines=baselines)
 
 
 # ---- what is timed beside the operator
@@ -212,19 +200,6 @@ def _grid_sample(location: Tensor, weights: Tensor, *maps: Tensor) -> Tensor:
         sampled = sampled.unflatten(0, (-1, cameras)).unflatten(2, (groups, -1))
         total = total + torch.einsum("bngcak,bakng->bagc", sampled, weights[:, :, :, :, level])
     return total.flatten(2)
-
-
-def _leaves(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.detach().requires_grad_() for tensor in tensors]
-
-
-def _forward_backward(call: Callable[..., Tensor], leaves: Sequence[Tensor], grad_output: Tensor) -> Tensor:
-    """A step of training: the gradients are new ones."""
-    for leaf in leaves:
-        leaf.grad = None
-    output = call(*leaves)
-    output.backward(grad_output)
-    return output
 
 
 # ---- what is known of a workload
@@ -281,20 +256,3 @@ def _floors(inputs: AggregationInputs) -> dict[str, float]:
         "backward-deterministic": backward,
         "forward+backward": forward + backward,
     }
-
-
-def _size(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _memory(step: Callable[[], Tensor], given: Sequence[Tensor], grad_output: Tensor) -> dict[str, float]:
-    """Megabytes at the peak of a step of training, and of what it is given and gives: inputs, output, gradients."""
-    for tensor in given:
-        tensor.grad = None
-    held = _size(*given, grad_output)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    output = step()
-    peak = torch.cuda.max_memory_allocated() - before + held
-    needed = held + _size(output, *(tensor for tensor in given if tensor.requires_grad))
-    return {"peak_mb": peak / 1e6, "needed_mb": needed / 1e6}

@@ -1,18 +1,21 @@
 """``saccade bench``: times of the operators on this machine's GPU, beside what they replace.
 
-A suite is a module with ``OPERATOR``, the operator that ``saccade.doctor`` checks before anything is timed, and
-``records(quick, say)``. This yields a record for each workload and pass: ``workload``, ``pass``, ``dtype``, ``clock``,
-``saccade_us``, ``floor_us``, ``baselines``, ``recorded`` and ``error``, and more if there is more to tell. What is
-under way it tells ``say``. What is true of the whole run is added here.
+A suite has one or more operators, which ``saccade.doctor`` checks before anything is timed. For each there is a
+function of ``quick``, ``say`` and ``is_wanted`` that yields a record for each workload and pass: ``workload``,
+``pass``, ``dtype``, ``clock``, ``saccade_us``, ``floor_us``, ``baselines``, ``recorded`` and ``error``, and more if
+there is more to tell. What is under way it tells ``say``; workloads that are not wanted it leaves out. What is true of
+the whole run is added here.
 """
 
 import importlib
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aggregation
+import losses
 import tables
 import torch
 from accuracy import WrongResultError
@@ -21,7 +24,10 @@ from rich.table import Table
 
 from saccade import doctor
 
-SUITES = {"aggregation": aggregation}
+SUITES = {
+    "aggregation": {"deformable_aggregation": aggregation.records},
+    "losses": {"focal_loss": losses.sigmoid_records, "gaussian_focal_loss": losses.gaussian_records},
+}
 
 
 def _commit() -> str:
@@ -49,34 +55,60 @@ def _machine() -> dict[str, str]:
     }
 
 
+class UnknownWorkloadError(Exception):
+    """There is no such suite and no such workload."""
+
+
 def run(only: str | None, console: Console, quick: bool = False) -> list[dict[str, Any]]:
-    """Time the suites, or ``only`` one, and print their tables; ``quick`` leaves out what Saccade is compared with.
+    """Time the suites and print their tables.
+
+    Args:
+        only: One suite, or one workload such as ``aggregation/det-b1``; all of them if ``None``.
+        console: Where the tables go.
+        quick: Leave out what Saccade is compared with.
 
     Raises:
+        UnknownWorkloadError: There is no such suite and no such workload.
         WrongResultError: An operator differs from its reference, or on a workload from the exact result.
     """
     machine = _machine()
     records: list[dict[str, Any]] = []
     for name, suite in SUITES.items():
-        if only not in (None, name):
-            continue
-        with console.status(f"{name}: checking") as status:
-            fault = doctor.check(suite.OPERATOR, "cuda")
-            if fault is not None:
-                raise WrongResultError(f"{suite.OPERATOR} is not timed: it {fault}")
-            common = {"backend": doctor.backend(suite.OPERATOR, "cuda")} | machine
-            of_suite = [record | common for record in suite.records(quick, status.update)]
-        for clock, title in tables.CLOCKS.items():
-            of_clock = [record for record in of_suite if record["clock"] == clock]
-            if of_clock:
-                heading = f"{title}: {name} ({common['backend']}) on {machine['gpu']}"
-                console.print(_table(heading, of_clock))
-        records += of_suite
+        if only in (None, name):
+            for operator in suite:
+                _check(operator)
+        for operator, records_of in suite.items():
+            with console.status(operator) as status:
+                of_operator = list(records_of(quick, status.update, partial(_is_wanted, only, name, operator)))
+            backend = doctor.backend(operator, "cuda")
+            of_operator = [record | {"backend": backend} | machine for record in of_operator]
+            for clock, title in tables.CLOCKS.items():
+                of_clock = [record for record in of_operator if record["clock"] == clock]
+                if of_clock:
+                    heading = f"{title}: {operator} ({backend}) on {machine['gpu']}"
+                    console.print(_table(heading, of_clock, is_wide=console.width >= 180))
+            records += of_operator
+    if not records:
+        suites = ", ".join(SUITES)
+        raise UnknownWorkloadError(f"--only: expected one of {suites}, or one of their workloads, got {only!r}")
     return records
 
 
-def _table(title: str, records: list[dict[str, Any]]) -> Table:
-    """The records on the terminal, a line between workloads."""
+def _is_wanted(only: str | None, suite: str, operator: str, workload: str) -> bool:
+    """Whether a workload is to be timed; if it is the only one, its operator has not been checked yet."""
+    if only == workload:
+        _check(operator)
+    return only in (None, suite, workload)
+
+
+def _check(operator: str) -> None:
+    fault = doctor.check(operator, "cuda")
+    if fault is not None:
+        raise WrongResultError(f"{operator} is not timed: it {fault}")
+
+
+def _table(title: str, records: list[dict[str, Any]], is_wide: bool) -> Table:
+    """The records on the terminal, a line between workloads; where there is room for it, only headings are broken."""
     columns = tables.columns(records)
     if any(column.is_recorded for column in columns):
         title += f"; (recorded): recorded earlier, on an {tables.RECORDED_ON}"
@@ -84,7 +116,8 @@ def _table(title: str, records: list[dict[str, Any]]) -> Table:
     for column in columns:
         justify = "left" if column.is_text else "right"
         style = "dim" if column.is_recorded else None
-        table.add_column(column.title, justify=justify, style=style, overflow="fold")
+        unbroken = is_wide and column.is_text
+        table.add_column(column.title, justify=justify, style=style, no_wrap=unbroken, overflow="fold")
     subjects = [(record["workload"], record["dtype"]) for record in records]
     for k, row in enumerate(zip(*(column.cells for column in columns), strict=True)):
         table.add_row(*row, end_section=subjects[k : k + 1] != subjects[k + 1 : k + 2])

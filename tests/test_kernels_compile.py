@@ -97,7 +97,111 @@ FPN = ((16, 44), (8, 22), (4, 12), (4, 8))
 BLOCKS = ((512, 8), (256, 256), (128, 8), (96, 4), (60, 3), (8, 8), (1, 1))  # channels and groups
 ODD = ((15, 25), (7, 13), (4, 7), (1, 1))
 
+
+def sigmoid_focal(
+    dtype: torch.dtype = torch.float32,
+    classes: int = 80,
+    *,
+    gamma: float = 2.0,
+    alpha: float = 0.25,
+    kind: str = "mean",
+    activated: bool = False,
+    permuted: bool = False,
+    target: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
+    avg_factor: torch.Tensor | None = None,
+) -> None:
+    from saccade.focal_loss.kernels import sigmoid_focal_loss, sigmoid_focal_loss_backward
+
+    logits = torch.empty(ROWS, classes, dtype=dtype)
+    if permuted:
+        logits = torch.empty(ROWS // 512, classes, 32, 16, dtype=dtype).permute(0, 2, 3, 1)
+    if target is None:
+        target = torch.empty(logits.shape[:-1], dtype=torch.int64)
+    rest = (logits, target, weight, class_weight, alpha, gamma, activated, kind, avg_factor, 1.0, 0.0)
+    result = sigmoid_focal_loss(*rest)
+    sigmoid_focal_loss_backward(result, *rest, [True, weight is not None])
+
+
+def softmax_focal(
+    dtype: torch.dtype = torch.float32,
+    classes: int = 80,
+    *,
+    gamma: float = 2.0,
+    kind: str = "mean",
+    class_weight: torch.Tensor | None = None,
+) -> None:
+    from saccade.focal_loss.softmax_kernels import softmax_focal_loss, softmax_focal_loss_backward
+
+    logits, target = torch.empty(ROWS, classes, dtype=dtype), torch.empty(ROWS, dtype=torch.int64)
+    rest = (logits, target, class_weight, 0.25, gamma, kind, None, 1.0, 0.0)
+    softmax_focal_loss_backward(softmax_focal_loss(*rest), *rest)
+
+
+def gaussian_focal(
+    dtype: torch.dtype = torch.float32,
+    *,
+    target_dtype: torch.dtype = torch.float32,
+    alpha: float = 2.0,
+    gamma: float = 4.0,
+    kind: str = "sum",
+    with_logits: bool = True,
+    clip: float | None = None,
+    weight: torch.Tensor | None = None,
+    channels_last: bool = False,
+) -> None:
+    from saccade.gaussian_focal_loss.kernels import gaussian_focal_loss, gaussian_focal_loss_backward
+
+    pred, target = torch.empty(4, 16, 32, 32, dtype=dtype), torch.empty(4, 16, 32, 32, dtype=target_dtype)
+    if channels_last:
+        pred = pred.contiguous(memory_format=torch.channels_last)
+    rest = (pred, target, weight, alpha, gamma, 1.0, 1.0, with_logits, clip)
+    result, divisor = gaussian_focal_loss(*rest, kind, None, 1.0, 0.0)
+    of_backward = ("mean", divisor) if kind == "num_pos" else (kind, None)
+    gaussian_focal_loss_backward(result, *rest, *of_backward, 1.0, 0.0, [True, weight is not None])
+
+
+ROWS = 16384  # many enough elements for the tiles that large inputs have
+
 CASES: list[tuple[str, Callable[[], object]]] = [
+    ("sigmoid_focal/float32", sigmoid_focal),
+    ("sigmoid_focal/float16", partial(sigmoid_focal, torch.float16)),
+    ("sigmoid_focal/bfloat16", partial(sigmoid_focal, torch.bfloat16)),
+    ("sigmoid_focal/float64", partial(sigmoid_focal, torch.float64)),
+    *((f"sigmoid_focal/{classes}-classes", partial(sigmoid_focal, classes=classes)) for classes in (10, 1, 7, 256)),
+    ("sigmoid_focal/few-rows", partial(sigmoid_focal, classes=10, avg_factor=torch.empty(1))),
+    ("sigmoid_focal/permuted", partial(sigmoid_focal, permuted=True)),
+    ("sigmoid_focal/unreduced", partial(sigmoid_focal, kind="none")),
+    ("sigmoid_focal/permuted-unreduced", partial(sigmoid_focal, kind="none", permuted=True)),
+    *((f"sigmoid_focal/gamma-{gamma}", partial(sigmoid_focal, gamma=gamma)) for gamma in (0.0, 1.5, 5.0)),
+    ("sigmoid_focal/unbalanced", partial(sigmoid_focal, alpha=-1.0)),
+    ("sigmoid_focal/int32", partial(sigmoid_focal, target=torch.empty(ROWS, dtype=torch.int32))),
+    ("sigmoid_focal/soft", partial(sigmoid_focal, target=torch.empty(ROWS, 80))),
+    ("sigmoid_focal/soft-1.5", partial(sigmoid_focal, gamma=1.5, target=torch.empty(ROWS, 80))),
+    ("sigmoid_focal/bool", partial(sigmoid_focal, target=torch.empty(ROWS, 80, dtype=torch.bool))),
+    ("sigmoid_focal/activated", partial(sigmoid_focal, activated=True)),
+    ("sigmoid_focal/activated-1.5", partial(sigmoid_focal, activated=True, gamma=1.5)),
+    ("sigmoid_focal/row-weight", partial(sigmoid_focal, weight=torch.empty(ROWS, 1))),
+    ("sigmoid_focal/bool-weight", partial(sigmoid_focal, weight=torch.empty(ROWS, 80, dtype=torch.bool))),
+    ("sigmoid_focal/class-weight", partial(sigmoid_focal, class_weight=torch.empty(80))),
+    ("softmax_focal/float32", softmax_focal),
+    ("softmax_focal/float16", partial(softmax_focal, torch.float16)),
+    ("softmax_focal/bfloat16", partial(softmax_focal, torch.bfloat16)),
+    ("softmax_focal/float64", partial(softmax_focal, torch.float64)),
+    *((f"softmax_focal/{classes}-classes", partial(softmax_focal, classes=classes)) for classes in (10, 1, 3000)),
+    ("softmax_focal/unreduced", partial(softmax_focal, kind="none", gamma=1.5, class_weight=torch.empty(80))),
+    ("gaussian_focal/float32", gaussian_focal),
+    ("gaussian_focal/float16", partial(gaussian_focal, torch.float16, target_dtype=torch.float16)),
+    ("gaussian_focal/bfloat16", partial(gaussian_focal, torch.bfloat16)),
+    ("gaussian_focal/float64", partial(gaussian_focal, torch.float64)),
+    ("gaussian_focal/num-pos-clipped", partial(gaussian_focal, kind="num_pos", clip=1e-4)),
+    ("gaussian_focal/unreduced", partial(gaussian_focal, kind="none")),
+    ("gaussian_focal/other-powers", partial(gaussian_focal, alpha=1.5, gamma=3.5)),
+    ("gaussian_focal/probabilities", partial(gaussian_focal, with_logits=False)),
+    ("gaussian_focal/probabilities-other-powers", partial(gaussian_focal, with_logits=False, alpha=0.5, gamma=3.5)),
+    ("gaussian_focal/weight", partial(gaussian_focal, weight=torch.empty(4, 1, 32, 32))),
+    ("gaussian_focal/channels-last", partial(gaussian_focal, channels_last=True)),
     ("format_rows/float32", partial(format_rows, *[torch.float32] * 4, sizes=FPN)),
     ("format_rows/float16", partial(format_rows, *[torch.float16] * 4, sizes=FPN)),
     ("format_rows/bfloat16", partial(format_rows, *[torch.bfloat16] * 4, sizes=FPN)),

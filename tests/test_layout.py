@@ -58,7 +58,7 @@ def test_reference_and_kernels_never_import_each_other():
 
 def test_kernels_are_used_by_their_own_operator_alone():
     for path in MODULES:
-        for kernels in KERNELS:
+        for kernels in (path for path in KERNELS if path.parent != PACKAGE):
             assert path.parent == kernels.parent or not depends_on(path, module_of(kernels)), f"{path} uses {kernels}"
 
 
@@ -67,6 +67,11 @@ def test_triton_is_imported_by_kernels_and_their_launch_alone():
     for path in MODULES:
         assert path in [*KERNELS, PACKAGE / "kernel_launch.py"] or not depends_on(path, "triton"), path
         assert path in KERNELS or not depends_on(path, "saccade.kernel_launch"), path
+
+
+def test_what_kernels_share_is_used_by_kernels_alone():
+    for shared in (path for path in KERNELS if path.parent == PACKAGE):
+        assert not [path for path in MODULES if path not in KERNELS and depends_on(path, module_of(shared))], shared
 
 
 def test_the_library_proper_needs_torch_alone():

@@ -70,11 +70,21 @@ def demo(
 
 @app.command()
 def bench(
-    only: Annotated[str | None, typer.Option(help="One suite: aggregation.", show_default=False)] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="One suite, aggregation or losses, or one workload, such as aggregation/det-b1.", show_default=False
+        ),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Time Saccade alone, not what it is compared with; for development.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the records there.", metavar="FILE")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", help="Write the records there, in place of those of the same workloads.", metavar="FILE"
+        ),
+    ] = None,
 ) -> None:
     """Time the operators on this machine's GPU, beside what they replace. Runs from a checkout of the repository.
 
@@ -91,21 +101,25 @@ def bench(
         fault = f"torch {torch.__version__} finds no GPU to time; `saccade doctor` tells more"
     if fault is None:
         sys.path.insert(0, str(directory))
-        from run import SUITES, WrongResultError, run  # pyright: ignore[reportMissingImports] - not of the package
-
-        if only not in (None, *SUITES):
-            fault = f"--only: expected one of {', '.join(SUITES)}, got {only!r}"
+        # Not of the package:
+        from records import merged  # pyright: ignore[reportMissingImports]
+        from run import UnknownWorkloadError, WrongResultError, run  # pyright: ignore[reportMissingImports]
     if fault is not None:
         print(f"saccade bench: {fault}", file=sys.stderr)
         raise typer.Exit(2)
+    earlier = []
     try:
         require_writable_file(json_file)
-    except DemoError as error:
+        if json_file is not None and json_file.exists():
+            earlier = json.loads(json_file.read_text(encoding="utf-8") or "[]")
+        # A file or a pipe is wide enough for the tables.
+        records = merged(earlier, run(only, Console(width=None if sys.stdout.isatty() else 180), quick))
+    except json.JSONDecodeError as error:
+        print(f"saccade bench: --json {json_file}: holds something else than records ({error})", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except (DemoError, UnknownWorkloadError) as error:
         print(f"saccade bench: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    try:
-        # A file or a pipe is wide enough for the tables.
-        records = run(only, Console(width=None if sys.stdout.isatty() else 180), quick)
     except WrongResultError as error:
         print(f"saccade bench: {error}", file=sys.stderr)
         raise typer.Exit(1) from None

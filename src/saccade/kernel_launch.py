@@ -1,14 +1,14 @@
 """How kernels are launched: cheaply, on the right device, and one while the one before it ends.
 
 Triton looks a launch's compiled kernel up by everything that the kernel may have been compiled for, and asks the driver
-about every pointer. ``LaunchedKernel`` keeps what the first launch of a kind came to, by as much as Triton tells kinds
-apart by, and hands the driver plain numbers.
+about every pointer. Here is kept what the first launch of a kind came to, by as much as Triton tells kinds apart by;
+and the driver is given plain numbers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,6 +16,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 from triton.runtime.jit import JITFunction
+
+
+class _Compiled(NamedTuple):
+    """What a launch of a compiled kernel takes, beside the values of its arguments."""
+
+    run: Callable[..., None]
+    function: Any
+    metadata: Any
+    unused: tuple  # in place of the constants
+
+    def launch(self, grid: tuple[int, ...], device: int, values: Sequence[Any]) -> None:
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        size = (*grid, 1, 1)
+        self.run(
+            size[0], size[1], size[2], stream, self.function, self.metadata, None, None, None, *values, *self.unused
+        )
 
 
 class LaunchedKernel:
@@ -27,33 +43,81 @@ class LaunchedKernel:
 
     def __init__(self, function: JITFunction):
         self.function = function
-        self.kept: dict[tuple, tuple] = {}
+        self._compiled: dict[tuple, _Compiled] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        values: list[Any] = []
-        kinds: list[Any] = []
+        values, kinds = [], []
         device = _take_apart(arguments, values, kinds)
-        key = (device, *kinds, *constants.items())
-        kept = self.kept.get(key)
-        if kept is None or _is_watched():
-            compiled = self.function[grid](*arguments, **constants)
-            # On AMD's GPUs Triton tells apart more kinds than are told apart here.
-            if device >= 0 and not torch.version.hip and isinstance(compiled, triton.compiler.CompiledKernel):
-                rest = self.function.params[len(arguments) :]
-                unused = tuple(constants.get(parameter.name, parameter.default) for parameter in rest)
-                self.kept[key] = (compiled.run, compiled.function, compiled.packed_metadata, unused)
-            return
-        run, function, metadata, unused = kept
-        stream = triton.runtime.driver.active.get_current_stream(device)
-        size = (*grid, 1, 1)
-        run(size[0], size[1], size[2], stream, function, metadata, None, None, None, *values, *unused)
+        compiled = self.compiled((device, *kinds, *constants.items()), grid, arguments, constants)
+        if compiled is not None:
+            compiled.launch(grid, device, values)
+
+    def prepare(self, grid: tuple[int, ...], *last_arguments: Any, **constants: Any) -> "PreparedLaunch":
+        """A launch that is complete but for its first arguments: for launchers that are called again and again.
+
+        Args:
+            grid: Number of programs along each axis.
+            *last_arguments: Integers and tuples of them. Before these, the kernel takes tensors and then floats, which
+                are given at each launch.
+            **constants: As when launching.
+        """
+        return PreparedLaunch(self, grid, last_arguments, constants)
+
+    def compiled(self, kind: tuple, grid: tuple[int, ...], arguments: tuple, constants: dict) -> _Compiled | None:
+        """The kernel as compiled for a kind of launches; if it is not kept, launch as Triton does, and keep it."""
+        compiled = self._compiled.get(kind)
+        if compiled is not None and not _is_watched():
+            return compiled
+        kernel = self.function[grid](*arguments, **constants)
+        # Not kept: what was not compiled, as it is interpreted; and on AMD's GPUs, where Triton tells more kinds apart.
+        if isinstance(kernel, triton.compiler.CompiledKernel) and not torch.version.hip:
+            unused = self.function.params[len(arguments) :]
+            unused = tuple(constants.get(parameter.name, parameter.default) for parameter in unused)
+            self._compiled[kind] = _Compiled(kernel.run, kernel.function, kernel.packed_metadata, unused)
+        return None
+
+
+class PreparedLaunch:
+    """A launch of a kernel whose first arguments are still open."""
+
+    def __init__(self, kernel: LaunchedKernel, grid: tuple[int, ...], last_arguments: tuple, constants: dict[str, Any]):
+        self._kernel, self._grid, self._last_arguments, self._constants = kernel, grid, last_arguments, constants
+        self._last_values, last_kinds = [], []
+        _take_apart(last_arguments, self._last_values, last_kinds)
+        self._last_kinds = (*last_kinds, *constants.items())
+        self._compiled: dict[tuple, _Compiled] = {}
+
+    def __call__(self, tensors: Sequence[Tensor | None], *numbers: float) -> None:
+        """Launch on the device of the first tensor, which is none that may be missing."""
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        kind = (
+            tensors[0].get_device(),
+            *[
+                tensor if tensor is None else _kind_of(tensor, at)
+                for tensor, at in zip(tensors, addresses, strict=True)
+            ],
+        )
+        numbers = tuple(map(float, numbers))
+        compiled = self._compiled.get(kind)
+        if compiled is None or _is_watched():
+            arguments = (*tensors, *numbers, *self._last_arguments)
+            kind_of_all = (*kind, *[float] * len(numbers), *self._last_kinds)
+            compiled = self._kernel.compiled(kind_of_all, self._grid, arguments, self._constants)
+            if compiled is None:
+                return
+            self._compiled[kind] = compiled
+        compiled.launch(self._grid, kind[0], (*addresses, *numbers, *self._last_values))
+
+
+def _kind_of(tensor: Tensor, address: int) -> Any:
+    return tensor.dtype if address % 16 == 0 else (tensor.dtype,)
 
 
 def _take_apart(arguments: tuple, values: list[Any], kinds: list[Any]) -> int:
-    """Append what a compiled kernel is given for the arguments, and what it was compiled for; returns the GPU or -1."""
+    """Append what a compiled kernel is given for the arguments, and what it is compiled for; returns the GPU or -1."""
     device = -1
     for argument in arguments:
         kind = type(argument)
@@ -69,7 +133,7 @@ def _take_apart(arguments: tuple, values: list[Any], kinds: list[Any]) -> int:
             values.append(tuple(inner_values))
         elif isinstance(argument, Tensor):
             address = argument.data_ptr()
-            kinds.append(argument.dtype if address % 16 == 0 else (argument.dtype,))
+            kinds.append(_kind_of(argument, address))
             values.append(address)
             device = argument.get_device()
         else:
@@ -92,16 +156,14 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 @cache
-def _can_overlap(device: int) -> bool:
-    return device >= 0 and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def overlapping(tensor: Tensor) -> dict[str, bool]:
+def overlapping(device: torch.device) -> dict[str, bool]:
     """Options of a launch that is made ready while the kernel before it ends, where GPUs can (from Hopper on).
 
     The kernel must call ``wait_for_kernel_before`` before it reads or writes memory.
     """
-    return {"OVERLAP": True, "launch_pdl": True} if _can_overlap(tensor.get_device()) else {"OVERLAP": False}
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True}
 
 
 @triton.jit

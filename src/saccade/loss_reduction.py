@@ -71,10 +71,18 @@ def normalized(value: Tensor, count: int, kind: str, avg_factor: Tensor | None, 
 
 
 def new_loss(predictions: Tensor, shape: torch.Size, kind: str, avg_factor: Tensor | None) -> Tensor:
-    """An empty result: of ``shape`` and dtype of the predictions if unreduced, else of the shape of ``avg_factor``."""
+    """An empty result: of ``shape`` and dtype of the predictions if unreduced, else of the shape of ``avg_factor``.
+
+    One of the predictions' own shape lies in memory as they do.
+    """
     if kind == "none":
-        return predictions.new_empty(shape)
+        return torch.empty_like(predictions) if shape == predictions.shape else predictions.new_empty(shape)
     return predictions.new_empty(() if avg_factor is None else avg_factor.shape, dtype=compute_dtype(predictions))
+
+
+def laid_out_as(predictions: Tensor, result: Tensor) -> Tensor:
+    """A contiguous result of the shape of the predictions, laid out in memory as they are."""
+    return result if predictions.is_contiguous() else torch.empty_like(predictions).copy_(result)
 
 
 def row_blocks(tensor: Tensor) -> Iterator[slice]:

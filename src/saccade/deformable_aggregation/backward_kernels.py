@@ -496,7 +496,7 @@ def deformable_aggregation_backward(
 
     block_l, block_g = triton.next_power_of_2(levels), triton.next_power_of_2(groups)
     few_points = max(1, min(8, 512 // (block_l * block_g)))  # as many as registers hold
-    overlap = overlapping(grad_output)
+    overlap = overlapping(grad_output.device)
     of_points = dict(N=cameras, L=levels, COMPUTE=TRITON_DTYPE[dtype], enable_fp_fusion=False, **overlap)
     for b in range(0, batch, at_once):
         samples = min(at_once, batch - b)

@@ -292,7 +292,7 @@ def deformable_aggregation(
 
     tile = row_tile(channels, groups, itemsize)
     fits = dtype == torch.float32 and itemsize == 4 and tile["BLOCK_H"] * tile["BLOCK_G"] * tile["BLOCK_C"] <= 256
-    overlap = overlapping(output)
+    overlap = overlapping(output.device)
     of_points = dict(K=points, N=cameras, L=levels, SEGMENT=segment, COMPUTE=TRITON_DTYPE[dtype], **overlap)
     for b in range(0, batch, at_once):
         of_chunk = min(at_once, batch - b) * anchors

@@ -18,7 +18,8 @@ from saccade.argument_checks import (
 )
 from saccade.focal_loss import reference
 from saccade.loss_reduction import AVG_FACTOR_EPS, checked_reduction, new_loss
-from saccade.registration import below_autograd, register, register_autograd, register_backward
+from saccade.registration import DirectCall, register, register_autograd, register_backward
+from saccade.triton_dispatch import served_by_triton
 
 
 def sigmoid_focal_loss(
@@ -120,7 +121,7 @@ def scaled_sigmoid_focal_loss(
     gamma = require_number("gamma", gamma, minimum=0)
     require_same_device(logits=logits, target=target, weight=weight, class_weight=class_weight)
     how = checked_reduction(reduction, avg_factor, scale=scale, eps=avg_factor_eps, logits=logits)
-    return torch.ops.saccade.sigmoid_focal_loss(logits, target, weight, class_weight, alpha, gamma, activated, *how)
+    return _call_sigmoid(logits, target, weight, class_weight, alpha, gamma, activated, *how)
 
 
 def softmax_focal_loss(
@@ -177,7 +178,7 @@ def softmax_focal_loss(
     gamma = require_number("gamma", gamma, minimum=0)
     require_same_device(logits=logits, target=target, class_weight=class_weight)
     how = checked_reduction(reduction, avg_factor, logits=logits)
-    return torch.ops.saccade.softmax_focal_loss(logits, target, class_weight, alpha, gamma, *how)
+    return _call_softmax(logits, target, class_weight, alpha, gamma, *how)
 
 
 def _require_logits(logits: Tensor) -> int:
@@ -222,12 +223,30 @@ def _element_weight(logits: Tensor, weight: Tensor) -> Tensor:
     rows, classes = logits.shape[:-1], logits.shape[-1]
     if weight.shape == rows:
         return weight[..., None]
-    if weight.ndim != logits.ndim or weight.shape[:-1] != rows or weight.shape[-1] not in (1, classes):
+    # Not `not in (1, classes)`: torch.compile is wrong about a number of classes that varies.
+    size = weight.shape[-1] if weight.ndim == logits.ndim else -1
+    if weight.shape[:-1] != rows or (size != 1 and size != classes):
         raise ValueError(
             f"weight: expected shape {tuple(rows)}, {(*rows, 1)} or {(*rows, classes)} with logits of shape "
             f"{tuple(logits.shape)}, got {tuple(weight.shape)}"
         )
     return weight
+
+
+def _sigmoid(logits: Tensor, *args: Any) -> Tensor:
+    if served_by_triton(logits) and logits.numel():
+        from saccade.focal_loss import kernels
+
+        return kernels.sigmoid_focal_loss(logits, *args)
+    return reference.sigmoid_focal_loss(logits, *args)
+
+
+def _sigmoid_backward(grad_output: Tensor, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    if served_by_triton(logits) and logits.numel():
+        from saccade.focal_loss import kernels
+
+        return kernels.sigmoid_focal_loss_backward(grad_output, logits, *args)
+    return reference.sigmoid_focal_loss_backward(grad_output, logits, *args)
 
 
 def _sigmoid_fake(
@@ -250,7 +269,7 @@ def _sigmoid_backward_fake(
     grad_output: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, *numbers: Any
 ) -> tuple[Tensor, Tensor]:
     needed = numbers[-1]
-    grad_logits = logits.new_empty(logits.shape if needed[0] else 0)
+    grad_logits = torch.empty_like(logits) if needed[0] else logits.new_empty(0)
     grad_weight = logits.new_empty(0) if weight is None else weight.new_empty(weight.shape if needed[1] else 0)
     return grad_logits, grad_weight
 
@@ -261,18 +280,33 @@ class _SigmoidFocalLoss(Function):
         logits, target, weight, class_weight, *numbers, avg_factor, scale, eps = args
         ctx.save_for_backward(logits, target, weight, class_weight, avg_factor)
         ctx.numbers = numbers, scale, eps
-        with below_autograd():
-            return torch.ops.saccade.sigmoid_focal_loss(*args)
+        return _call_sigmoid.below_autograd(*args)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, avg_factor = ctx.saved_tensors
         numbers, scale, eps = ctx.numbers
         needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
-        grad_logits, grad_weight = torch.ops.saccade.sigmoid_focal_loss_backward(
+        grad_logits, grad_weight = _call_sigmoid_backward(
             grad_output, *tensors, *numbers, avg_factor, scale, eps, needed
         )
         return grad_logits if needed[0] else None, None, grad_weight if needed[1] else None, *[None] * 8
+
+
+def _softmax(logits: Tensor, *args: Any) -> Tensor:
+    if served_by_triton(logits) and logits.numel():
+        from saccade.focal_loss import softmax_kernels
+
+        return softmax_kernels.softmax_focal_loss(logits, *args)
+    return reference.softmax_focal_loss(logits, *args)
+
+
+def _softmax_backward(grad_output: Tensor, logits: Tensor, *args: Any) -> Tensor:
+    if served_by_triton(logits) and logits.numel():
+        from saccade.focal_loss import softmax_kernels
+
+        return softmax_kernels.softmax_focal_loss_backward(grad_output, logits, *args)
+    return reference.softmax_focal_loss_backward(grad_output, logits, *args)
 
 
 def _softmax_fake(
@@ -290,7 +324,7 @@ def _softmax_fake(
 
 
 def _softmax_backward_fake(grad_output: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
+    return torch.empty_like(logits)
 
 
 class _SoftmaxFocalLoss(Function):
@@ -299,30 +333,27 @@ class _SoftmaxFocalLoss(Function):
         logits, target, class_weight, *numbers, avg_factor, scale, eps = args
         ctx.save_for_backward(logits, target, class_weight, avg_factor)
         ctx.numbers = numbers, scale, eps
-        with below_autograd():
-            return torch.ops.saccade.softmax_focal_loss(*args)
+        return _call_softmax.below_autograd(*args)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, avg_factor = ctx.saved_tensors
         numbers, scale, eps = ctx.numbers
-        grad_logits = torch.ops.saccade.softmax_focal_loss_backward(
-            grad_output, *tensors, *numbers, avg_factor, scale, eps
-        )
+        grad_logits = _call_softmax_backward(grad_output, *tensors, *numbers, avg_factor, scale, eps)
         return grad_logits, *[None] * 8
 
 
 register(
     "sigmoid_focal_loss(Tensor logits, Tensor target, Tensor? weight, Tensor? class_weight, float alpha, float gamma, "
     "bool activated, str kind, Tensor? avg_factor, float scale, float eps) -> Tensor",
-    reference.sigmoid_focal_loss,
+    _sigmoid,
     _sigmoid_fake,
 )
 register(
     "sigmoid_focal_loss_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, "
     "Tensor? class_weight, float alpha, float gamma, bool activated, str kind, Tensor? avg_factor, float scale, "
     "float eps, bool[2] needed) -> (Tensor, Tensor)",
-    reference.sigmoid_focal_loss_backward,
+    _sigmoid_backward,
     _sigmoid_backward_fake,
 )
 register_autograd("sigmoid_focal_loss", _SigmoidFocalLoss)
@@ -330,14 +361,19 @@ register_backward("sigmoid_focal_loss_backward")
 register(
     "softmax_focal_loss(Tensor logits, Tensor target, Tensor? class_weight, float alpha, float gamma, str kind, "
     "Tensor? avg_factor, float scale, float eps) -> Tensor",
-    reference.softmax_focal_loss,
+    _softmax,
     _softmax_fake,
 )
 register(
     "softmax_focal_loss_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? class_weight, float alpha, "
     "float gamma, str kind, Tensor? avg_factor, float scale, float eps) -> Tensor",
-    reference.softmax_focal_loss_backward,
+    _softmax_backward,
     _softmax_backward_fake,
 )
 register_autograd("softmax_focal_loss", _SoftmaxFocalLoss)
 register_backward("softmax_focal_loss_backward")
+
+_call_sigmoid = DirectCall("sigmoid_focal_loss")
+_call_sigmoid_backward = DirectCall("sigmoid_focal_loss_backward")
+_call_softmax = DirectCall("softmax_focal_loss")
+_call_softmax_backward = DirectCall("softmax_focal_loss_backward")

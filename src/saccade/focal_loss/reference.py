@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.focal_term import focal_term, focal_term_slope, softplus
-from saccade.loss_reduction import new_loss, normalized, row_blocks
+from saccade.loss_reduction import laid_out_as, new_loss, normalized, row_blocks
 from saccade.precision import compute_dtype
 
 
@@ -118,15 +118,18 @@ def sigmoid_focal_loss(
     eps: float,
 ) -> Tensor:  # (..., C), or reduced
     """See ``saccade.sigmoid_focal_loss``; the last four arguments are those of ``saccade.loss_reduction.Reduction``."""
-    output = new_loss(logits, logits.shape, kind, avg_factor)
+    losses = logits.new_empty(logits.shape if kind == "none" else 0)
     total = logits.new_zeros((), dtype=compute_dtype(logits))
     for block in _blocks(logits, target, weight, class_weight):
         loss = _element_loss(block.x, block.target, alpha, gamma, activated) * block.class_factor * block.weight
         if kind == "none":
-            _as_rows(output)[block.rows] = loss * scale
+            _as_rows(losses)[block.rows] = loss * scale
         else:
             total += loss.sum()
-    return output if kind == "none" else output.copy_(normalized(total, logits.numel(), kind, avg_factor, scale, eps))
+    if kind == "none":
+        return laid_out_as(logits, losses)
+    output = new_loss(logits, logits.shape, kind, avg_factor)
+    return output.copy_(normalized(total, logits.numel(), kind, avg_factor, scale, eps))
 
 
 def sigmoid_focal_loss_backward(
@@ -158,24 +161,21 @@ def sigmoid_focal_loss_backward(
         if needed[1]:
             rows = _as_rows(grad_weight)[block.rows]
             rows.copy_((_element_loss(block.x, block.target, alpha, gamma, activated) * grad).sum_to_size(rows.shape))
-    return grad_logits, grad_weight
-
-
-def _log_softmax(x: Tensor) -> Tensor:
-    """Over the last axis; with infinite logits the limit, probability 1 shared among them."""
-    top = x.amax(-1, keepdim=True)
-    return torch.log_softmax(torch.where(x == top, 0, x - top), -1)
+    return laid_out_as(logits, grad_logits) if needed[0] else grad_logits, grad_weight
 
 
 class _LabelledBlock(NamedTuple):
-    """Some rows of the arguments of softmax focal loss, made ready to compute with."""
+    """Some rows of the arguments of softmax focal loss, made ready to compute with.
+
+    To the label, all other classes are one: it is the negative of a sigmoid whose logit is how far these are ahead.
+    """
 
     rows: slice
     inside: Tensor  # (n, 1) bool: the label is a class
     label: Tensor  # (n, 1) int64, 0 where it is not
     factor: Tensor | float  # (n, 1) alpha times the weight of the class
-    log_p: Tensor  # (n, C) of all classes
-    log_pt: Tensor  # (n, 1) of the label
+    ahead: Tensor  # (n, 1) logarithm of the odds against the label
+    share: Tensor  # (n, C) of each class in what is against the label
 
 
 def _labelled_blocks(
@@ -185,12 +185,16 @@ def _labelled_blocks(
     logits, target = _as_rows(logits), _as_rows(target[..., None])
     classes = logits.shape[1]
     for block in row_blocks(logits) if classes else ():
-        t = target[block]
+        t, x = target[block], logits[block].to(dtype)
         inside = _is_inside(t, classes)
         label = torch.where(inside, t, 0).long()
-        log_p = _log_softmax(logits[block].to(dtype))
         factor = alpha if class_weight is None else alpha * _class_factor(t, class_weight.to(dtype))
-        yield _LabelledBlock(block, inside, label, factor, log_p, log_p.gather(1, label))
+        top = x.amax(-1, keepdim=True)
+        x = torch.where(x == top, 0, x - top)  # infinite logits share the probability among them
+        others = x.scatter(1, label, -math.inf)
+        total = others.logsumexp(-1, keepdim=True)
+        share = torch.where(total == -math.inf, 0, (others - total).exp())
+        yield _LabelledBlock(block, inside, label, factor, total - x.gather(1, label), share)
 
 
 def softmax_focal_loss(
@@ -208,8 +212,7 @@ def softmax_focal_loss(
     output = new_loss(logits, target.shape, kind, avg_factor).zero_()
     total = logits.new_zeros((), dtype=compute_dtype(logits))
     for block in _labelled_blocks(logits, target, class_weight, alpha):
-        loss = block.factor * -block.log_pt * (-torch.expm1(block.log_pt)) ** gamma
-        loss = torch.where(block.inside, loss, 0)
+        loss = torch.where(block.inside, block.factor * focal_term(block.ahead, gamma), 0)
         if kind == "none":
             _as_rows(output[..., None])[block.rows] = loss * scale
         else:
@@ -237,11 +240,7 @@ def softmax_focal_loss_backward(
         grad_loss = _as_rows(grad_loss[..., None])
     for block in _labelled_blocks(logits, target, class_weight, alpha):
         grad = grad_loss[block.rows] if kind == "none" else grad_loss
-        log_pt = block.log_pt.clamp(min=torch.finfo(dtype).min)  # minus infinity would be multiplied by p = 0
-        rest = -torch.expm1(log_pt)  # 1 - p
-        ratio = torch.where(rest > 0, log_pt.exp() * log_pt / rest, -1)  # its limit at p = 1 is -1
-        # The loss falls with the label's logit at this rate times 1 - p, and rises with any other at this rate times p.
-        rate = grad * block.factor * rest**gamma * (1 - gamma * ratio)
-        slope = (rate * block.log_p.exp()).scatter(1, block.label, -rate * rest)
+        rate = grad * block.factor * focal_term_slope(block.ahead, gamma)
+        slope = (rate * block.share).scatter(1, block.label, -rate)
         _as_rows(grad_logits)[block.rows] = torch.where(block.inside, slope, 0).to(logits.dtype)
-    return grad_logits
+    return laid_out_as(logits, grad_logits)

@@ -16,7 +16,8 @@ from saccade.argument_checks import (
 from saccade.gaussian_focal_loss import reference
 from saccade.loss_reduction import AVG_FACTOR_EPS, Reduction, checked_reduction, new_loss
 from saccade.precision import compute_dtype
-from saccade.registration import below_autograd, register, register_autograd, register_backward
+from saccade.registration import DirectCall, register, register_autograd, register_backward
+from saccade.triton_dispatch import served_by_triton
 
 
 def gaussian_focal_loss(
@@ -182,9 +183,7 @@ def scaled_gaussian_focal_loss(
     how = checked_reduction(reduction, number, scale=scale, eps=avg_factor_eps, **{name: pred})
     if counts_positives and reduction != "none":
         how = Reduction("num_pos", None, scale, avg_factor_eps)
-    loss, _ = torch.ops.saccade.gaussian_focal_loss(
-        pred, target, weight, alpha, gamma, pos_weight, neg_weight, name == "logits", clip, *how
-    )
+    loss, _ = _call(pred, target, weight, alpha, gamma, pos_weight, neg_weight, name == "logits", clip, *how)
     return loss
 
 
@@ -196,6 +195,22 @@ def _require_broadcast(name: str, pred: Tensor, weight: Tensor) -> None:
             f"weight: expected a shape that broadcasts to that of {name}, {tuple(pred.shape)}, "
             f"got {tuple(weight.shape)}"
         )
+
+
+def _loss(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    if served_by_triton(pred) and pred.numel():
+        from saccade.gaussian_focal_loss import kernels
+
+        return kernels.gaussian_focal_loss(pred, *args)
+    return reference.gaussian_focal_loss(pred, *args)
+
+
+def _loss_backward(grad_output: Tensor, pred: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    if served_by_triton(pred) and pred.numel():
+        from saccade.gaussian_focal_loss import kernels
+
+        return kernels.gaussian_focal_loss_backward(grad_output, pred, *args)
+    return reference.gaussian_focal_loss_backward(grad_output, pred, *args)
 
 
 def _fake(
@@ -221,7 +236,7 @@ def _backward_fake(
     grad_output: Tensor, pred: Tensor, target: Tensor, weight: Tensor | None, *numbers: Any
 ) -> tuple[Tensor, Tensor]:
     needed = numbers[-1]
-    grad_pred = pred.new_empty(pred.shape if needed[0] else 0)
+    grad_pred = torch.empty_like(pred) if needed[0] else pred.new_empty(0)
     grad_weight = pred.new_empty(0) if weight is None else weight.new_empty(weight.shape if needed[1] else 0)
     return grad_pred, grad_weight
 
@@ -229,8 +244,7 @@ def _backward_fake(
 class _GaussianFocalLoss(Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        with below_autograd():
-            loss, num_pos = torch.ops.saccade.gaussian_focal_loss(*args)
+        loss, num_pos = _call.below_autograd(*args)
         pred, target, weight, *numbers, kind, avg_factor, scale, eps = args
         if kind == "num_pos":
             kind, avg_factor = "mean", num_pos
@@ -244,7 +258,7 @@ class _GaussianFocalLoss(Function):
         pred, target, weight, avg_factor = ctx.saved_tensors
         numbers, kind, scale, eps = ctx.numbers
         needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
-        grad_pred, grad_weight = torch.ops.saccade.gaussian_focal_loss_backward(
+        grad_pred, grad_weight = _call_backward(
             grad_output, pred, target, weight, *numbers, kind, avg_factor, scale, eps, needed
         )
         return grad_pred if needed[0] else None, None, grad_weight if needed[1] else None, *[None] * 10
@@ -254,15 +268,18 @@ register(
     "gaussian_focal_loss(Tensor pred, Tensor target, Tensor? weight, float alpha, float gamma, float pos_weight, "
     "float neg_weight, bool with_logits, float? clip, str kind, Tensor? avg_factor, float scale, float eps) "
     "-> (Tensor, Tensor)",
-    reference.gaussian_focal_loss,
+    _loss,
     _fake,
 )
 register(
     "gaussian_focal_loss_backward(Tensor grad_output, Tensor pred, Tensor target, Tensor? weight, float alpha, "
     "float gamma, float pos_weight, float neg_weight, bool with_logits, float? clip, str kind, Tensor? avg_factor, "
     "float scale, float eps, bool[2] needed) -> (Tensor, Tensor)",
-    reference.gaussian_focal_loss_backward,
+    _loss_backward,
     _backward_fake,
 )
 register_autograd("gaussian_focal_loss", _GaussianFocalLoss)
 register_backward("gaussian_focal_loss_backward")
+
+_call = DirectCall("gaussian_focal_loss")
+_call_backward = DirectCall("gaussian_focal_loss_backward")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saccade.focal_term import focal_term, focal_term_slope
-from saccade.loss_reduction import new_loss, normalized, row_blocks
+from saccade.loss_reduction import laid_out_as, new_loss, normalized, row_blocks
 from saccade.precision import compute_dtype
 
 # Added to probabilities before taking logarithms, as in the loss's original form. Logits need no such thing.
@@ -84,7 +84,7 @@ def gaussian_focal_loss(
     divide by the number of positives, at least 1. The backward pass is given that number as ``avg_factor``.
     """
     dtype = compute_dtype(pred)
-    output = new_loss(pred, pred.shape, kind, avg_factor)
+    losses = pred.new_empty(pred.numel() if kind == "none" else 0)
     flat_pred, flat_target, flat_weight = pred.reshape(-1), target.reshape(-1), _flat_weight(weight, pred)
     total = pred.new_zeros((), dtype=dtype)
     positives = pred.new_zeros((), dtype=torch.int64)
@@ -96,13 +96,14 @@ def gaussian_focal_loss(
         if flat_weight is not None:
             loss = loss * flat_weight[block].to(dtype)
         if kind == "none":
-            output.view(-1)[block] = loss * scale
+            losses[block] = loss * scale
         else:
             total += loss.sum()
         if kind == "num_pos":
             positives += positive.sum()
     if kind == "none":
-        return output, pred.new_empty(0, dtype=dtype)
+        return laid_out_as(pred, losses.view(pred.shape)), pred.new_empty(0, dtype=dtype)
+    output = new_loss(pred, pred.shape, kind, avg_factor)
     if kind != "num_pos":
         output.copy_(normalized(total, pred.numel(), kind, avg_factor, scale, eps))
         return output, pred.new_empty(0, dtype=dtype)
@@ -146,4 +147,4 @@ def gaussian_focal_loss_backward(
             grad_pred.view(-1)[block] = slope if flat_weight is None else slope * flat_weight[block].to(dtype)
     if needed[1]:
         grad_weight.copy_(grad_elements.sum_to_size(grad_weight.shape))
-    return grad_pred, grad_weight
+    return laid_out_as(pred, grad_pred) if needed[0] else grad_pred, grad_weight

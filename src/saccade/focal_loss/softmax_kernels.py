@@ -1,0 +1,223 @@
+"""Triton kernels of softmax focal loss, forward and backward: some rows to a program, their classes block by block."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saccade.focal_term_kernels import constant_power, log1p, power_of
+from saccade.kernel_launch import LaunchedKernel, on_device_of, overlapping, wait_for_kernel_before
+from saccade.loss_reduction import new_loss
+from saccade.loss_reduction_kernels import (
+    IN_A_ROW,
+    MOST_PROGRAMS,
+    TRITON_DTYPE,
+    as_numbers,
+    factor_of_gradients,
+    finish,
+    offset_along_axes,
+    scale_of,
+)
+from saccade.memory_axes import memory_axes
+from saccade.precision import compute_dtype
+
+# Classes of a row, and elements of all rows, that a program works on at a time.
+_MOST_CLASSES, _ELEMENTS = 1024, 2048
+
+
+@triton.jit
+def _shifted(x, top):
+    """``x - top``; 0 where they are equal, be they infinite: so the probability is shared among infinite logits."""
+    return tl.where(x == top, 0.0, x - top)
+
+
+@triton.jit
+def _rows_of_tile(
+    logits, target, class_weight, number, rows, sizes, logits_steps, target_steps, class_step, alpha,
+    C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """What the losses of some rows and their gradients are made of.
+
+    Returns:
+        first, row: the rows, counted from the first.
+        source: where their logits begin.
+        label: of each; is_class: whether there is such a class.
+        factor: alpha times the weight of the class.
+        top: the largest logit; total: the sum of ``exp(logit - top)``; others: that without the label's.
+        log_pt: logarithm of the label's probability.
+    """
+    first = tl.full([], number, tl.int64) * BLOCK_R
+    row = tl.arange(0, BLOCK_R)[:, None]
+    exists = row < rows - first
+    source = logits + offset_along_axes(first, row, sizes, logits_steps)
+    label = tl.load(target + offset_along_axes(first, row, sizes, target_steps), mask=exists, other=-1).to(tl.int64)
+    is_class = (label >= 0) & (label < C)
+    factor = tl.full([BLOCK_R, 1], alpha, COMPUTE)
+    if class_weight is not None:
+        factor *= tl.load(class_weight + label, mask=is_class, other=1.0).to(COMPUTE)
+    column = tl.arange(0, BLOCK_C)[None, :]
+    top = tl.full([BLOCK_R, 1], float("-inf"), COMPUTE)
+    for start in range(0, C, BLOCK_C):
+        at = source + (start + column).to(tl.int64) * class_step
+        x = tl.load(at, mask=exists & (start + column < C), other=float("-inf")).to(COMPUTE)
+        top = tl.maximum(top, tl.max(x, 1, keep_dims=True), propagate_nan=tl.PropagateNan.ALL)
+    others = tl.zeros([BLOCK_R, 1], COMPUTE)
+    for start in range(0, C, BLOCK_C):
+        mask = exists & (start + column < C)
+        x = tl.load(source + (start + column).to(tl.int64) * class_step, mask=mask, other=0).to(COMPUTE)
+        term = tl.exp(_shifted(x, top))
+        others += tl.sum(tl.where(mask & (start + column != label), term, 0.0), 1, keep_dims=True)
+    of_label = tl.load(source + label * class_step, mask=is_class, other=0).to(COMPUTE)
+    of_label = _shifted(of_label, top)
+    total = others + tl.exp(of_label)
+    # Near probability 1 the logarithm of the sum would lose what the other classes add to it.
+    log_pt = tl.where(of_label == 0, -log1p(others), of_label - tl.log(total))
+    return first, row, exists, source, label, is_class, factor, top, total, others, log_pt
+
+
+@LaunchedKernel
+@triton.jit
+def _loss_kernel(
+    logits, target, class_weight, output, rows, tiles, sizes, logits_steps, target_steps, output_steps, class_step,
+    alpha: tl.float64, gamma: tl.float64, scale: tl.float64,
+    C: tl.constexpr, GAMMA: tl.constexpr, REDUCED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    COMPUTE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Losses of all rows; if REDUCED, a sum for each program."""
+    wait_for_kernel_before(OVERLAP)
+    gamma = tl.full([], gamma, COMPUTE)
+    programs = tl.num_programs(0)
+    total = tl.zeros([], tl.float64)
+    for start in range(tl.program_id(0), tiles, programs * IN_A_ROW):
+        sums = tl.zeros([BLOCK_R, 1], COMPUTE)
+        for number in range(start, tl.minimum(start + programs * IN_A_ROW, tiles), programs):
+            first, row, exists, _, _, is_class, factor, _, whole, others, log_pt = _rows_of_tile(
+                logits, target, class_weight, number, rows, sizes, logits_steps, target_steps, class_step, alpha,
+                C, BLOCK_R, BLOCK_C, COMPUTE,
+            )  # fmt: skip
+            loss = tl.where(is_class, factor * -log_pt * power_of(others / whole, gamma, GAMMA), 0.0)
+            if REDUCED:
+                sums += loss
+            else:
+                target_of_loss = output + offset_along_axes(first, row, sizes, output_steps)
+                loss *= tl.full([], scale, COMPUTE)
+                tl.store(target_of_loss, loss.to(output.dtype.element_ty), mask=exists)
+        if REDUCED:
+            total += tl.sum(tl.sum(sums, 1), 0).to(tl.float64)
+    if REDUCED:
+        tl.store(output + tl.program_id(0), total.to(COMPUTE))
+
+
+@LaunchedKernel
+@triton.jit
+def _gradient_kernel(
+    grad_output, logits, target, class_weight, avg_factor, grad_logits, rows, tiles, sizes, logits_steps, target_steps,
+    output_steps, grad_steps, class_step, output_class_step,
+    alpha: tl.float64, gamma: tl.float64, scale: tl.float64, eps: tl.float64, lowest: tl.float64,
+    C: tl.constexpr, GAMMA: tl.constexpr, REDUCED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    COMPUTE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Gradients of all logits."""
+    wait_for_kernel_before(OVERLAP)
+    gamma = tl.full([], gamma, COMPUTE)
+    column = tl.arange(0, BLOCK_C)[None, :]
+    for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        first, row, exists, source, label, is_class, factor, top, total, others, log_pt = _rows_of_tile(
+            logits, target, class_weight, number, rows, sizes, logits_steps, target_steps, class_step, alpha,
+            C, BLOCK_R, BLOCK_C, COMPUTE,
+        )  # fmt: skip
+        if REDUCED:
+            grad = factor_of_gradients(grad_output, avg_factor, scale, eps, COMPUTE)
+        else:
+            grad = tl.load(grad_output + offset_along_axes(first, row, sizes, grad_steps), mask=exists, other=0)
+            grad = grad.to(COMPUTE) * tl.full([], scale, COMPUTE)
+        # Minus infinity would be multiplied by a probability of 0.
+        log_pt = tl.maximum(log_pt, tl.full([], lowest, COMPUTE), propagate_nan=tl.PropagateNan.ALL)
+        rest = others / total
+        ratio = tl.where(rest > 0, tl.exp(log_pt) * log_pt / rest, -1.0)  # its limit at probability 1 is -1
+        # The loss falls with the label's logit at this rate times 1 - p, and rises with any other at this rate times p.
+        rate = grad * factor * power_of(rest, gamma, GAMMA) * (1 - gamma * ratio)
+        target_of_row = grad_logits + offset_along_axes(first, row, sizes, output_steps)
+        for start in range(0, C, BLOCK_C):
+            mask = exists & (start + column < C)
+            x = tl.load(source + (start + column).to(tl.int64) * class_step, mask=mask, other=0).to(COMPUTE)
+            p = tl.exp(_shifted(x, top)) / total
+            slope = tl.where(is_class, rate * tl.where(start + column == label, -rest, p), 0.0)
+            at = target_of_row + (start + column).to(tl.int64) * output_class_step
+            tl.store(at, slope.to(grad_logits.dtype.element_ty), mask=mask)
+
+
+def _constants(logits: Tensor, gamma: float, kind: str) -> dict[str, Any]:
+    classes = logits.shape[-1]
+    block_c = min(_MOST_CLASSES, triton.next_power_of_2(classes))
+    return dict(
+        C=classes,
+        GAMMA=constant_power(gamma),
+        REDUCED=kind != "none",
+        BLOCK_R=_ELEMENTS // block_c,
+        BLOCK_C=block_c,
+        COMPUTE=TRITON_DTYPE[compute_dtype(logits)],
+        num_warps=4,
+        **overlapping(logits.device),
+    )
+
+
+def softmax_focal_loss(
+    logits: Tensor,  # (..., C), not empty
+    target: Tensor,  # (...) integer
+    class_weight: Tensor | None,  # (C,)
+    alpha: float,
+    gamma: float,
+    kind: str,
+    avg_factor: Tensor | None,
+    scale: float,
+    eps: float,
+) -> Tensor:  # (...), or reduced
+    """See ``saccade.softmax_focal_loss``; the last four arguments are those of ``saccade.loss_reduction.Reduction``."""
+    output = new_loss(logits, target.shape, kind, avg_factor)
+    class_weight = None if class_weight is None else class_weight.contiguous()
+    rows, constants = target.numel(), _constants(logits, gamma, kind)
+    tiles = triton.cdiv(rows, constants["BLOCK_R"])
+    programs = min(tiles, MOST_PROGRAMS)
+    losses = output if kind == "none" else logits.new_empty(programs, dtype=compute_dtype(logits))
+    of_rows = [logits.stride()[:-1], target.stride(), output.stride() if kind == "none" else target.stride()]
+    sizes, steps = memory_axes(target.shape, *of_rows)
+    with on_device_of(logits):
+        _loss_kernel[(programs,)](
+            logits, target, as_numbers(class_weight), losses, rows, tiles, sizes, *steps,
+            logits.stride(-1), alpha, gamma, scale, **constants,
+        )  # fmt: skip
+        if kind != "none":
+            finish(losses, None, output, None, avg_factor, scale_of(kind, avg_factor, scale, rows), eps)
+    return output
+
+
+def softmax_focal_loss_backward(
+    grad_output: Tensor,  # (...), or reduced
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    alpha: float,
+    gamma: float,
+    kind: str,
+    avg_factor: Tensor | None,
+    scale: float,
+    eps: float,
+) -> Tensor:  # (..., C)
+    """Gradient of the logits."""
+    grad_logits = torch.empty_like(logits)
+    class_weight = None if class_weight is None else class_weight.contiguous()
+    rows, constants = target.numel(), _constants(logits, gamma, kind)
+    tiles = triton.cdiv(rows, constants["BLOCK_R"])
+    of_rows = [logits.stride()[:-1], target.stride(), grad_logits.stride()[:-1]]
+    of_rows.append(grad_output.stride() if kind == "none" else target.stride())
+    sizes, steps = memory_axes(target.shape, *of_rows)
+    with on_device_of(logits):
+        _gradient_kernel[(tiles,)](
+            grad_output, logits, target, as_numbers(class_weight), avg_factor,
+            grad_logits, rows, tiles, sizes, *steps, logits.stride(-1), grad_logits.stride(-1), alpha, gamma,
+            scale_of(kind, avg_factor, scale, rows), eps, torch.finfo(compute_dtype(logits)).min, **constants,
+        )  # fmt: skip
+    return grad_logits
