@@ -23,8 +23,8 @@ def on_views(
 
     The inputs of a case are copied before each use, and a copy has no strides of 0 and no gaps.
     """
-    result = call(*(view(value) if view else value for value, view in zip_longest(inputs, views)))
-    return view_of_result(result) if view_of_result else result
+    result = call(*(value if view is None else view(value) for value, view in zip_longest(inputs, views)))
+    return result if view_of_result is None else view_of_result(result)
 
 
 def reduced(loss: Tensor, reduction: str, avg_factor: Tensor | float | None) -> Tensor:
