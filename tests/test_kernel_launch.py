@@ -1,0 +1,97 @@
+"""Kept launches tell apart whatever Triton compiles for; everything else about them shows on a GPU."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
+from kernel_launches import recorded_launches  # noqa: E402
+from saccade.kernel_launch import LaunchedKernel, _take_apart, overlapping  # noqa: E402
+from saccade.triton_dispatch import served_by_triton  # noqa: E402
+
+MEMORY = torch.zeros(64)
+INTEGERS = [0, 1, 2, 15, 16, 17, -1, -16, 2**31 - 1, 2**31, 2**31 + 16, 2**40, -(2**31), -(2**31) - 1, -(2**40)]
+TENSORS = [
+    MEMORY,
+    MEMORY[1:],  # not at a multiple of 16 bytes
+    MEMORY[4:],
+    *(
+        torch.zeros(8, dtype=dtype)
+        for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.uint8)
+    ),
+    torch.zeros(0),
+]
+single = st.sampled_from([*INTEGERS, *TENSORS, 0.5, 1.0, None])
+arguments = st.one_of(single, st.lists(single, min_size=1, max_size=3).map(tuple))
+
+
+@triton.jit
+def _of_one_argument(argument):
+    pass
+
+
+@triton.jit
+def _of_any_number(tensor, number, size, CONSTANT: triton.language.constexpr):
+    pass
+
+
+@pytest.fixture(scope="module")
+def specialization():
+    """What Triton compiles for, given an argument."""
+    if served_by_triton(MEMORY):
+        pytest.skip("under TRITON_INTERPRET nothing is compiled")
+    function = _of_one_argument
+    bind = create_function_from_signature(function.signature, function.params, make_backend(GPUTarget("cuda", 90, 32)))
+    return lambda argument: bind(argument)[1]
+
+
+def kinds_of(*given: Any) -> list:
+    kinds: list = []
+    _take_apart(given, [], kinds)
+    return kinds
+
+
+@settings(max_examples=1000)
+@given(arguments, arguments)
+def test_what_triton_tells_apart_is_told_apart(specialization, first, second):
+    if specialization(first) != specialization(second):
+        assert kinds_of(first) != kinds_of(second)
+
+
+def test_values_and_kinds():
+    values: list = []
+    kinds: list = []
+    device = _take_apart((MEMORY, None, (MEMORY[1:], 16), 0.5, 7), values, kinds)
+    assert device == -1  # not a GPU
+    assert values == [MEMORY.data_ptr(), None, (MEMORY.data_ptr() + 4, 16), 0.5, 7]
+    assert kinds[:3] == [torch.float32, None, ((torch.float32,), kinds_of(32)[0])]
+    assert len({*map(str, kinds)}) == 5
+
+
+def test_a_prepared_launch_is_that_of_the_kernel():
+    if served_by_triton(MEMORY):
+        pytest.skip("under TRITON_INTERPRET nothing is recorded")
+    kernel = LaunchedKernel(_of_any_number)
+    with recorded_launches() as launches:
+        kernel[(3,)](MEMORY, 0.5, 7, CONSTANT=2)
+        kernel.prepare((3,), 7, CONSTANT=2)([MEMORY], 0.5)
+        kernel.prepare((3,), 7, CONSTANT=2)([MEMORY], 1)  # an int where the kernel takes a float
+    for launch in launches:
+        assert launch.grid == (3,)
+        assert launch.options == {"CONSTANT": 2}
+        assert launch.arguments[0] is MEMORY
+        assert launch.arguments[2] == 7
+    assert [launch.arguments[1] for launch in launches] == [0.5, 0.5, 1.0]
+    assert isinstance(launches[2].arguments[1], float)
+
+
+def test_launches_do_not_overlap_where_kernels_cannot():
+    assert overlapping(torch.device("cpu")) == {"OVERLAP": False}
