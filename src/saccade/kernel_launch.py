@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 from triton.language.extra.cuda import gdc_wait
 from triton.runtime.jit import JITFunction
 
@@ -27,7 +28,7 @@ class _Compiled(NamedTuple):
     unused: tuple  # in place of the constants
 
     def launch(self, grid: tuple[int, ...], device: int, values: Sequence[Any]) -> None:
-        stream = triton.runtime.driver.active.get_current_stream(device)
+        stream = torch._C._cuda_getCurrentRawStream(device)
         size = (*grid, 1, 1)
         self.run(
             size[0], size[1], size[2], stream, self.function, self.metadata, None, None, None, *values, *self.unused
@@ -71,9 +72,9 @@ class LaunchedKernel:
         compiled = self._compiled.get(kind)
         if compiled is not None and not _is_watched():
             return compiled
-        kernel = self.function[grid](*arguments, **constants)
+        kernel: Any = self.function[grid](*arguments, **constants)
         # Not kept: what was not compiled, as it is interpreted; and on AMD's GPUs, where Triton tells more kinds apart.
-        if isinstance(kernel, triton.compiler.CompiledKernel) and not torch.version.hip:
+        if hasattr(kernel, "packed_metadata") and not torch.version.hip:
             unused = self.function.params[len(arguments) :]
             unused = tuple(constants.get(parameter.name, parameter.default) for parameter in unused)
             self._compiled[kind] = _Compiled(kernel.run, kernel.function, kernel.packed_metadata, unused)
@@ -90,16 +91,11 @@ class PreparedLaunch:
         self._last_kinds = (*last_kinds, *constants.items())
         self._compiled: dict[tuple, _Compiled] = {}
 
-    def __call__(self, tensors: Sequence[Tensor | None], *numbers: float) -> None:
-        """Launch on the device of the first tensor, which is none that may be missing."""
+    def __call__(self, tensors: Sequence[Any], *numbers: float) -> None:
+        """Launch with these tensors, of which all but the first may be ``None``, and numbers."""
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        kind = (
-            tensors[0].get_device(),
-            *[
-                tensor if tensor is None else _kind_of(tensor, at)
-                for tensor, at in zip(tensors, addresses, strict=True)
-            ],
-        )
+        pairs = zip(tensors, addresses, strict=True)
+        kind = (tensors[0].get_device(), *[None if tensor is None else _kind_of(tensor, at) for tensor, at in pairs])
         numbers = tuple(map(float, numbers))
         compiled = self._compiled.get(kind)
         if compiled is None or _is_watched():
@@ -112,7 +108,7 @@ class PreparedLaunch:
         compiled.launch(self._grid, kind[0], (*addresses, *numbers, *self._last_values))
 
 
-def _kind_of(tensor: Tensor, address: int) -> Any:
+def _kind_of(tensor: Tensor, address: Any) -> Any:
     return tensor.dtype if address % 16 == 0 else (tensor.dtype,)
 
 
@@ -144,7 +140,7 @@ def _take_apart(arguments: tuple, values: list[Any], kinds: list[Any]) -> int:
 
 def _is_watched() -> bool:
     """Whether a profiler wants to hear of launches."""
-    hooks = triton.knobs.runtime
+    hooks = knobs.runtime
     return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
 
 

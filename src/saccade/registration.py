@@ -110,6 +110,8 @@ def _keys(*names: str) -> int:
     return keys.raw_repr()
 
 
+_keys_of = torch._C._dispatch_keys
+_modes_under_way = torch._C._dispatch_tls_local_include_set
 _OF_GPU_TENSORS = _keys("CUDA", "ADInplaceOrView", "AutogradCUDA", "AutocastCUDA")
 _OF_NO_MODE = _keys("BackendSelect", "ADInplaceOrView")
 
@@ -118,10 +120,10 @@ def _dispatcher_adds_nothing(args: tuple[Any, ...]) -> bool:
     """Whether all tensors are ordinary ones of a GPU, and nothing traces, transforms, profiles or watches calls."""
     if torch.compiler.is_compiling() or profiler._is_profiler_enabled:
         return False
-    if torch._C._dispatch_tls_local_include_set().raw_repr() != _OF_NO_MODE:
+    if _modes_under_way().raw_repr() != _OF_NO_MODE:
         return False
-    for arg in args:  # not all(...): it takes twice as long
-        if isinstance(arg, Tensor) and torch._C._dispatch_keys(arg).raw_repr() != _OF_GPU_TENSORS:
+    for arg in args:  # noqa: SIM110 - all(...) takes twice as long
+        if isinstance(arg, Tensor) and _keys_of(arg).raw_repr() != _OF_GPU_TENSORS:
             return False
     return True
 
