@@ -15,12 +15,15 @@ def new_record(workload: str, kind: str, clock: str, saccade_us: float, **more: 
     return {"workload": workload, "pass": kind, "clock": clock, "saccade_us": saccade_us} | defaults | more
 
 
+_SUBJECT = ("workload", "pass", "dtype", "clock", "gpu")
+
+
+def are_records(value: Any) -> bool:
+    """Whether this is what was written by an earlier run."""
+    return isinstance(value, list) and all(isinstance(each, dict) and each.keys() >= {*_SUBJECT} for each in value)
+
+
 def merged(earlier: list[dict[str, Any]], later: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """All records, later ones in place of earlier ones of the same workload, pass, dtype, clock and GPU."""
-
-    def subject(record: dict[str, Any]) -> tuple[str, ...]:
-        return tuple(record[key] for key in ("workload", "pass", "dtype", "clock", "gpu"))
-
-    found = {subject(record): record for record in earlier}
-    found.update((subject(record), record) for record in later)
+    found = {tuple(record[key] for key in _SUBJECT): record for record in [*earlier, *later]}
     return list(found.values())

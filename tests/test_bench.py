@@ -326,10 +326,17 @@ def test_new_records_take_the_place_of_those_of_the_same_workload(clock, tmp_pat
     assert runner.invoke(app, [*arguments, "aggregation"]).exit_code == 0
     both = json.loads(file.read_text())
     assert len(both) == len(of_losses) + 11
-    file.write_text("not records")
-    result = runner.invoke(app, [*arguments, "losses"])
+
+
+@pytest.mark.parametrize("content", [b"not JSON", b"{}", b"[1]", b'[{"workload": "x"}]', b"\xff\xfe"])
+def test_a_file_of_something_else_is_not_written_over(content, clock, tmp_path):
+    file = tmp_path / "results.json"
+    file.write_bytes(content)
+    result = runner.invoke(app, ["bench", "--quick", "--json", str(file)])
     assert result.exit_code == 2
     assert "holds something else than records" in result.stderr
+    assert file.read_bytes() == content
+    assert clock.calls == 0  # told before time is spent
 
 
 def refused(clock, tmp_path, *arguments: str) -> str:

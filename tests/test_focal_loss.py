@@ -445,3 +445,29 @@ def test_constants_may_require_grad_where_nobody_asks_for_it():
     soft = torch.zeros(4, 3, requires_grad=True)
     with torch.no_grad():
         assert sigmoid_focal_loss(ROW, soft).isfinite()
+
+
+@pytest.mark.interpreted
+def test_gradient_of_a_probability_that_is_almost_certain_in_float64(device):
+    """Where torch clamps ``p * (1 - p)`` at 1e-12, which is another number in float32."""
+    p = 1e-14
+    probabilities = torch.tensor([[p]], dtype=torch.float64, device=device, requires_grad=True)
+    labels = torch.zeros(1, dtype=torch.int64, device=device)
+    sigmoid_focal_loss(probabilities, labels, activated=True, reduction="sum").backward()
+    expected = 0.25 * (-2 * (1 - p) * -math.log(p) + (1 - p) ** 2 * (p - 1) / 1e-12)
+    assert probabilities.grad.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.interpreted
+def test_no_power_has_no_slope(device):
+    """Also where the error is so small that its inverse is infinite."""
+    probabilities = torch.tensor([[1e-40]], device=device, requires_grad=True)
+    labels = torch.ones(1, dtype=torch.int64, device=device)  # background
+    sigmoid_focal_loss(probabilities, labels, activated=True, gamma=0.0, reduction="sum").backward()
+    assert math.isfinite(probabilities.grad.item())
+
+
+@pytest.mark.parametrize("activated", [1, "yes", None])
+def test_activated_is_true_or_false(activated):
+    with pytest.raises(TypeError, match="activated: expected True or False, got"):
+        sigmoid_focal_loss(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), activated=activated)

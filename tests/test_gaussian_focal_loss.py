@@ -336,3 +336,11 @@ def test_small_probabilities_do_not_cancel_in_float32(device, p, positive):
         loss = gaussian_focal_loss(pred, target.to(dtype), reduction="sum")
         results.append((loss.item(), *torch.autograd.grad(loss, pred)[0].tolist()))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+@pytest.mark.interpreted
+def test_no_power_has_no_slope(device):
+    """Also where the error is so small that its inverse is infinite."""
+    pred = torch.tensor([1e-40], device=device, requires_grad=True)
+    gaussian_focal_loss(pred, torch.zeros(1, device=device), alpha=0.0, reduction="sum").backward()
+    assert pred.grad.item() == pytest.approx(1.0)

@@ -72,7 +72,7 @@ def test_values_and_kinds():
     device = _take_apart((MEMORY, None, (MEMORY[1:], 16), 0.5, 7), values, kinds)
     assert device == -1  # not a GPU
     assert values == [MEMORY.data_ptr(), None, (MEMORY.data_ptr() + 4, 16), 0.5, 7]
-    assert kinds[:3] == [torch.float32, None, ((torch.float32,), kinds_of(32)[0])]
+    assert kinds[:3] == [torch.float32, None, ((torch.float32, "not aligned"), kinds_of(32)[0])]
     assert len({*map(str, kinds)}) == 5
 
 

@@ -6,6 +6,8 @@ count that makes other constants (256, 128, 96, 60, 8, 1), of sizes that are div
 wide loads are compiled only then. A kernel that is launched by nothing but a rare branch needs a case that takes it.
 """
 
+import ast
+import inspect
 import re
 import subprocess
 from collections.abc import Callable
@@ -26,6 +28,7 @@ if served_by_triton(torch.empty(0)):
     pytest.skip("under TRITON_INTERPRET kernels are interpreted, not compiled", allow_module_level=True)
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
 
 from kernel_launches import Launch, recorded_launches  # noqa: E402
 from saccade.kernel_launch import LaunchedKernel  # noqa: E402
@@ -287,16 +290,48 @@ def test_compiles_without_spilling(target: GPUTarget, call: Callable[[], object]
         assert spilled(launch.compile(target), tmp_path) == 0, launch.name
 
 
+def kernel_modules() -> list:
+    paths = [*PACKAGE.rglob("kernels.py"), *PACKAGE.rglob("*_kernels.py")]
+    return [import_module(".".join(["saccade", *path.relative_to(PACKAGE).with_suffix("").parts])) for path in paths]
+
+
 def test_every_kernel_has_a_case():
-    kernels = set()
-    for path in [*PACKAGE.rglob("kernels.py"), *PACKAGE.rglob("*_kernels.py")]:
-        module = import_module(".".join(["saccade", *path.relative_to(PACKAGE).with_suffix("").parts]))
-        kernels |= {
-            f"{value.function.__module__}.{name}"
-            for name, value in vars(module).items()
-            if isinstance(value, LaunchedKernel)
-        }
+    kernels = {
+        f"{value.function.__module__}.{name}"
+        for module in kernel_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, LaunchedKernel)
+    }
     assert kernels == {launch.name for _, call in CASES for launch in launches_of(call)}
+
+
+def test_no_kernel_is_launched_past_its_launcher():
+    """Every function of ``triton.jit`` is called by another one, or is a ``LaunchedKernel``."""
+    found, called = set(), {"wait_for_kernel_before"}
+    for module in kernel_modules():
+        found |= {name for name, value in vars(module).items() if isinstance(value, JITFunction)}
+        calls = [node.func for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call)]
+        called |= {call.id for call in calls if isinstance(call, ast.Name)}
+    assert found <= called
+
+
+def test_kernels_that_begin_early_wait_before_they_touch_memory():
+    """A kernel that overlaps with the one before it and does not wait would read what is not written yet."""
+    waiting = 0
+    seen = set()
+    for _, call in CASES:
+        for launch in launches_of(call):
+            if launch.name in seen:
+                continue
+            seen.add(launch.name)
+            compiled = launch.compile(TARGETS["sm_90"])
+            first_access = re.search(r"\b(?:ld|st|atom|red|cp\.async)\.\S*global", compiled.asm["ptx"])
+            assert first_access, launch.name
+            wait = compiled.asm["ptx"].find("griddepcontrol.wait")
+            assert 0 <= wait < first_access.start() if compiled.metadata.launch_pdl else wait < 0, launch.name
+            assert "griddepcontrol.launch_dependents" not in compiled.asm["ptx"], launch.name
+            waiting += compiled.metadata.launch_pdl
+    assert waiting > 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -90,6 +90,12 @@ def require_number(name: str, value: Any, *, minimum: float = -math.inf, above: 
     return value
 
 
+def require_bool(name: str, value: Any) -> None:
+    """Raise ``TypeError`` unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
 def require_real(name: str, value: Any) -> None:
     """Raise ``TypeError`` unless ``value`` is a tensor of bool, integer or floating dtype."""
     require_tensor(name, value)

@@ -102,7 +102,7 @@ def bench(
     if fault is None:
         sys.path.insert(0, str(directory))
         # Not of the package:
-        from records import merged  # pyright: ignore[reportMissingImports]
+        from records import are_records, merged  # pyright: ignore[reportMissingImports]
         from run import UnknownWorkloadError, WrongResultError, run  # pyright: ignore[reportMissingImports]
     if fault is not None:
         print(f"saccade bench: {fault}", file=sys.stderr)
@@ -111,12 +111,14 @@ def bench(
     try:
         require_writable_file(json_file)
         if json_file is not None and json_file.exists():
-            earlier = json.loads(json_file.read_text(encoding="utf-8") or "[]")
+            try:
+                earlier = json.loads(json_file.read_text(encoding="utf-8") or "[]")
+            except ValueError:  # no JSON, or no text
+                earlier = None
+            if not are_records(earlier):
+                raise DemoError(f"--json {json_file}: holds something else than records of an earlier run")
         # A file or a pipe is wide enough for the tables.
         records = merged(earlier, run(only, Console(width=None if sys.stdout.isatty() else 180), quick))
-    except json.JSONDecodeError as error:
-        print(f"saccade bench: --json {json_file}: holds something else than records ({error})", file=sys.stderr)
-        raise typer.Exit(2) from None
     except (DemoError, UnknownWorkloadError) as error:
         print(f"saccade bench: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

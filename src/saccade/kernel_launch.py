@@ -109,7 +109,7 @@ class PreparedLaunch:
 
 
 def _kind_of(tensor: Tensor, address: Any) -> Any:
-    return tensor.dtype if address % 16 == 0 else (tensor.dtype,)
+    return tensor.dtype if address % 16 == 0 else (tensor.dtype, "not aligned")
 
 
 def _take_apart(arguments: tuple, values: list[Any], kinds: list[Any]) -> int:
@@ -140,8 +140,8 @@ def _take_apart(arguments: tuple, values: list[Any], kinds: list[Any]) -> int:
 
 def _is_watched() -> bool:
     """Whether a profiler wants to hear of launches."""
-    hooks = knobs.runtime
-    return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

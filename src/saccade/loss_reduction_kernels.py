@@ -22,8 +22,11 @@ MOST_PROGRAMS = 4096
 # sums of these are added up in float64.
 IN_A_ROW = tl.constexpr(32)
 
-# Launches for so many numbers of programs are kept.
-_KEPT_LAUNCHES = 512
+# Of a launch that sums nothing.
+MOST_BLOCKS = 2**31 - 1
+
+# Launches for so many shapes and kinds of arguments are kept.
+KEPT_LAUNCHES = 512
 
 
 @triton.jit
@@ -50,7 +53,7 @@ def factor_of_gradients(grad_output, avg_factor, scale, eps, COMPUTE: tl.constex
 
 
 @LaunchedKernel
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _finish_kernel(
     sums, counts, avg_factor, output, divisor, scale: tl.float64, eps: tl.float64, programs,
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
@@ -75,9 +78,9 @@ def _finish_kernel(
     tl.store(output, result.to(output.dtype.element_ty))
 
 
-@lru_cache(_KEPT_LAUNCHES)
+@lru_cache(KEPT_LAUNCHES)
 def _finish(programs: int, device: torch.device) -> PreparedLaunch:
-    block = min(1024, triton.next_power_of_2(programs))
+    block = 256 if programs <= 256 else 1024  # two, so that few kernels are compiled where sizes vary
     return _finish_kernel.prepare((1,), programs, BLOCK=block, num_warps=4, **overlapping(device))
 
 

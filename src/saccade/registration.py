@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import Function, profiler
+from torch.overrides import has_torch_function
 
 library = torch.library.Library("saccade", "FRAGMENT")
 
@@ -112,15 +113,16 @@ def _keys(*names: str) -> int:
 
 _keys_of = torch._C._dispatch_keys
 _modes_under_way = torch._C._dispatch_tls_local_include_set
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _OF_GPU_TENSORS = _keys("CUDA", "ADInplaceOrView", "AutogradCUDA", "AutocastCUDA")
 _OF_NO_MODE = _keys("BackendSelect", "ADInplaceOrView")
 
 
 def _dispatcher_adds_nothing(args: tuple[Any, ...]) -> bool:
-    """Whether all tensors are ordinary ones of a GPU, and nothing traces, transforms, profiles or watches calls."""
-    if torch.compiler.is_compiling() or profiler._is_profiler_enabled:
+    """Whether all tensors are ordinary ones of a GPU, and nothing traces, transforms, profiles or overrides calls."""
+    if torch.compiler.is_compiling() or profiler._is_profiler_enabled or has_torch_function(args):
         return False
-    if _modes_under_way().raw_repr() != _OF_NO_MODE:
+    if _modes_under_way().raw_repr() != _OF_NO_MODE or _is_excluded(DispatchKey.AutogradFunctionality):
         return False
     for arg in args:  # noqa: SIM110 - all(...) takes twice as long
         if isinstance(arg, Tensor) and _keys_of(arg).raw_repr() != _OF_GPU_TENSORS:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from saccade.argument_checks import (
+    require_bool,
     require_constant,
     require_floating,
     require_integer,
@@ -115,6 +116,7 @@ def scaled_sigmoid_focal_loss(
             raise ValueError("class_weight: expected None with a dense target, got one")
     if weight is not None:
         weight = _element_weight(logits, weight)
+    require_bool("activated", activated)
     alpha = require_number("alpha", alpha)
     if alpha > 1:
         raise ValueError(f"alpha: expected a number in [0, 1], or a negative one for no balancing, got {alpha}")

@@ -39,6 +39,8 @@ from saccade.kernel_launch import LaunchedKernel, PreparedLaunch, on_device_of, 
 from saccade.loss_reduction import new_loss, normalized
 from saccade.loss_reduction_kernels import (
     IN_A_ROW,
+    KEPT_LAUNCHES,
+    MOST_BLOCKS,
     MOST_PROGRAMS,
     TRITON_DTYPE,
     as_numbers,
@@ -63,17 +65,11 @@ _TILES = {
 # Where there are few elements: so few to a tile that all multiprocessors have some.
 _FEW, _SMALL_TILE, _WARPS = 1 << 19, 512, 4
 
-# Launches for so many shapes and kinds of arguments are kept.
-_KEPT_LAUNCHES = 512
-
-# Classes that a program reads one after the other, where each is a tile.
-_CLASSES_AT_ONCE = 16
+# Classes that a program reads one after the other, where each is a tile; and from how many rows on it is one.
+_CLASSES_AT_ONCE, _ROWS_BY_CLASS = 16, 128
 
 # Elements of a row that share the search for their row and its label, at most.
 _VECTOR = 16
-
-# Of a launch that sums nothing.
-_MOST_BLOCKS = 2**31 - 1
 
 
 @triton.jit
@@ -121,7 +117,8 @@ def _element_slope(x, target, gamma, GAMMA: tl.constexpr, HARD: tl.constexpr, AC
             power_slope = tl.zeros_like(error)
         else:
             power_slope = gamma * tl.where(error > 0, power_of(error, gamma - 1, GAMMA - 1 if GAMMA > 0 else -1), 0.0)
-        entropy_slope = (x - t) / tl.maximum(x * (1 - x), 1e-12)
+        least = tl.full([], 1e-12, x.dtype)  # a bare number would be float32, in tl.maximum
+        entropy_slope = (x - t) / tl.maximum(x * (1 - x), least)
         return power_slope * (1 - 2 * t) * _entropy(x, t) + power_of(error, gamma, GAMMA) * entropy_slope
     elif HARD:
         slope = focal_term_slope(tl.where(target, -x, x), gamma, GAMMA)
@@ -222,7 +219,7 @@ def _target_and_factor(
 
 
 @LaunchedKernel
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _loss_kernel(
     logits, target, weight, class_weight, output, alpha: tl.float64, gamma: tl.float64, scale: tl.float64,
     rows, tiles, sizes, logits_steps, target_steps, weight_steps, output_steps,
@@ -264,7 +261,7 @@ def _loss_kernel(
 
 
 @LaunchedKernel
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _gradient_kernel(
     grad_output, logits, target, weight, class_weight, avg_factor, grad_logits, alpha: tl.float64, gamma: tl.float64,
     scale: tl.float64, eps: tl.float64,
@@ -298,7 +295,7 @@ def _gradient_kernel(
             tl.store(at, slope.to(grad_logits.dtype.element_ty), mask=exists)
 
 
-@lru_cache(_KEPT_LAUNCHES)
+@lru_cache(KEPT_LAUNCHES)
 def _prepare(
     kernel: LaunchedKernel,
     shape: torch.Size,
@@ -318,7 +315,7 @@ def _prepare(
     rows = elements // classes
     given = [of_tensor for of_tensor in strides if of_tensor is not None]
     sizes, row_steps = memory_axes(shape[:-1], *(of_tensor[: len(shape) - 1] for of_tensor in given))
-    by_class = classes > 1 and 0 < row_steps[0][0] < given[0][-1]
+    by_class = classes > 1 and 0 < row_steps[0][0] < given[0][-1] and rows >= _ROWS_BY_CLASS
     in_order = (1, tuple(classes * prod(sizes[:axis]) for axis in range(len(sizes))))
     steps = []
     along_rows = iter(row_steps)
@@ -333,7 +330,7 @@ def _prepare(
     block, warps = (_SMALL_TILE, _WARPS) if elements < _FEW else _TILES[kernel is _loss_kernel, itemsize]
     at_once = min(classes, _CLASSES_AT_ONCE)
     tiles = triton.cdiv(rows, block) * triton.cdiv(classes, at_once) if by_class else triton.cdiv(elements, block)
-    programs = min(tiles, MOST_PROGRAMS if reduced else _MOST_BLOCKS)
+    programs = min(tiles, MOST_PROGRAMS if reduced else MOST_BLOCKS)
     launch = kernel.prepare(
         (programs,),
         rows,
@@ -462,5 +459,5 @@ def sigmoid_focal_loss_backward(
             losses = torch.empty_like(logits, dtype=compute_dtype(logits))
             _write_losses(losses, logits, target, None, class_weight, alpha, gamma, activated, 1.0)
             grad = normalized(grad_output.to(losses.dtype), logits.numel(), kind, avg_factor, scale, eps)
-            grad_weight.copy_((losses * grad).sum_to_size(grad_weight.shape))
+            grad_weight.copy_(losses.mul_(grad).sum_to_size(grad_weight.shape))
     return grad_logits, grad_weight

@@ -56,7 +56,8 @@ def _element_slope(x: Tensor, target: Tensor, alpha: float, gamma: float, activa
     t = target.to(x.dtype)
     if activated:
         error = t * (1 - x) + (1 - t) * x
-        power_slope = gamma * torch.where(error > 0, error ** (gamma - 1), 0) * (1 - 2 * t)
+        # A power of 0 has no slope, though error ** -1 may be infinite.
+        power_slope = gamma * torch.where(error > 0, error ** (gamma - 1), 0) * (1 - 2 * t) if gamma else 0
         entropy_slope = (x - t) / (x * (1 - x)).clamp(min=1e-12)
         return _balance(t, alpha) * (power_slope * _entropy(x, t) + error**gamma * entropy_slope)
     if target.dtype == torch.bool:

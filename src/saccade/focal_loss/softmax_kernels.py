@@ -78,7 +78,7 @@ def _rows_of_tile(
 
 
 @LaunchedKernel
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def _loss_kernel(
     logits, target, class_weight, output, rows, tiles, sizes, logits_steps, target_steps, output_steps, class_step,
     alpha: tl.float64, gamma: tl.float64, scale: tl.float64,
@@ -111,7 +111,7 @@ def _loss_kernel(
 
 
 @LaunchedKernel
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def _gradient_kernel(
     grad_output, logits, target, class_weight, avg_factor, grad_logits, rows, tiles, sizes, logits_steps, target_steps,
     output_steps, grad_steps, class_step, output_class_step,

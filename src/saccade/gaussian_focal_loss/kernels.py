@@ -21,6 +21,8 @@ from saccade.kernel_launch import LaunchedKernel, PreparedLaunch, on_device_of, 
 from saccade.loss_reduction import new_loss, normalized
 from saccade.loss_reduction_kernels import (
     IN_A_ROW,
+    KEPT_LAUNCHES,
+    MOST_BLOCKS,
     MOST_PROGRAMS,
     TRITON_DTYPE,
     as_numbers,
@@ -34,12 +36,6 @@ from saccade.precision import compute_dtype
 
 # Elements of a tile and warps that work on it: few where there are few, so that all multiprocessors have some.
 _TILE, _WARPS, _SMALL_TILE, _FEW = 1024, 4, 512, 1 << 19
-
-# Launches for so many shapes and kinds of arguments are kept.
-_KEPT_LAUNCHES = 512
-
-# Of a launch that sums nothing.
-_MOST_BLOCKS = 2**31 - 1
 
 # Added to probabilities before taking logarithms, as in the loss's original form. Logits need no such thing.
 _LOG_EPS = tl.constexpr(1e-12)
@@ -113,7 +109,7 @@ def _positive_and_factor(
 
 
 @LaunchedKernel
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _loss_kernel(
     pred, target, weight, output, counts,
     alpha: tl.float64, gamma: tl.float64, pos_weight: tl.float64, neg_weight: tl.float64, bound: tl.float64,
@@ -160,7 +156,7 @@ def _loss_kernel(
 
 
 @LaunchedKernel
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _gradient_kernel(
     grad_output, pred, target, weight, avg_factor, grad_pred,
     alpha: tl.float64, gamma: tl.float64, pos_weight: tl.float64, neg_weight: tl.float64, bound: tl.float64,
@@ -196,7 +192,7 @@ def _gradient_kernel(
         tl.store(at, slope.to(grad_pred.dtype.element_ty), mask=exists)
 
 
-@lru_cache(_KEPT_LAUNCHES)
+@lru_cache(KEPT_LAUNCHES)
 def _prepare(
     kernel: LaunchedKernel,
     shape: torch.Size,
@@ -217,7 +213,7 @@ def _prepare(
     steps = [None if of_tensor is None else next(axes) for of_tensor in strides]
     block = _SMALL_TILE if elements < _FEW else _TILE
     tiles = triton.cdiv(elements, block)
-    programs = min(tiles, MOST_PROGRAMS if constants["REDUCED"] and kernel is _loss_kernel else _MOST_BLOCKS)
+    programs = min(tiles, MOST_PROGRAMS if constants["REDUCED"] and kernel is _loss_kernel else MOST_BLOCKS)
     launch = kernel.prepare(
         (programs,),
         elements,
@@ -346,5 +342,5 @@ def gaussian_focal_loss_backward(
             losses = torch.empty_like(pred, dtype=compute_dtype(pred))
             _write_losses(losses, pred, target, None, alpha, gamma, pos_weight, neg_weight, with_logits, clip, 1.0)
             grad = normalized(grad_output.to(losses.dtype), pred.numel(), kind, avg_factor, scale, eps)
-            grad_weight.copy_((losses * grad).sum_to_size(grad_weight.shape))
+            grad_weight.copy_(losses.mul_(grad).sum_to_size(grad_weight.shape))
     return grad_pred, grad_weight

@@ -49,7 +49,7 @@ def _element_slope(pred: Tensor, positive: Tensor, alpha: float, bound: float | 
     else:
         error, rest, log_rest = _error_and_rest(pred, positive)
         # Where nothing is wrong the loss is flat; the power alone is infinite there if alpha < 1.
-        power_slope = alpha * torch.where(error == 0, 0, error ** (alpha - 1))
+        power_slope = alpha * torch.where(error == 0, 0, error ** (alpha - 1)) if alpha else 0
         slope = error**alpha / rest - power_slope * log_rest
     return torch.where(positive, -slope, slope)
 

@@ -1,0 +1,181 @@
+"""Calls past the dispatcher: taken for ordinary GPU tensors, and for nothing else.
+
+The decision looks at the keys of tensors. With those of a CPU in place of a GPU's, all of it is tested on any machine.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from saccade import registration
+from saccade.focal_loss import sigmoid_focal_loss
+
+OF_CPU_TENSORS = registration._keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
+
+
+@pytest.fixture
+def dispatched(monkeypatch) -> list[str]:
+    """Names of the operators that the dispatcher was asked for, on a machine whose CPU counts as a GPU."""
+    monkeypatch.setattr(registration, "_OF_GPU_TENSORS", OF_CPU_TENSORS)
+    asked: list[str] = []
+    call_operator = torch._ops.OpOverload.__call__
+
+    def record(operator, *args, **kwargs):
+        if operator.namespace == "saccade":
+            asked.append(operator._schema.name.split("::")[1])
+        return call_operator(operator, *args, **kwargs)
+
+    monkeypatch.setattr(torch._ops.OpOverload, "__call__", record)
+    return asked
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])
+
+
+def expected_step() -> tuple[Tensor, Tensor]:
+    """Loss and gradient through the dispatcher."""
+    logits, labels = inputs()
+    logits.requires_grad_()
+    how = ("mean", None, 1.0, 0.0)
+    loss = torch.ops.saccade.sigmoid_focal_loss(logits, labels, None, None, 0.25, 2.0, False, *how)
+    return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+
+def step(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits = logits.detach().requires_grad_()
+    loss = sigmoid_focal_loss(logits, labels)
+    return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+
+def assert_right(actual: tuple[Tensor, Tensor]) -> None:
+    for left, right in zip(actual, expected_step(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_ordinary_tensors_go_past_the_dispatcher(dispatched):
+    result = step(*inputs())
+    assert dispatched == []
+    assert_right(result)
+
+
+def test_a_parameter_is_ordinary(dispatched):
+    logits, labels = inputs()
+    sigmoid_focal_loss(torch.nn.Parameter(logits), labels).backward()
+    assert dispatched == []
+
+
+def test_autocast_changes_nothing(dispatched):
+    with torch.autocast("cpu", torch.bfloat16):
+        result = step(*inputs())
+    assert dispatched == []
+    assert_right(result)
+
+
+def test_without_gradients(dispatched):
+    logits, labels = inputs()
+    with torch.no_grad():
+        loss = sigmoid_focal_loss(logits.requires_grad_(), labels)
+    assert not loss.requires_grad
+    assert dispatched == []
+
+
+def test_differentiating_twice_raises(dispatched):
+    logits, labels = inputs()
+    loss = sigmoid_focal_loss(logits.requires_grad_(), labels)
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        gradient.sum().backward()
+
+
+def test_python_integers_are_numbers(dispatched):
+    logits, labels = inputs()
+    actual = sigmoid_focal_loss(logits, labels, alpha=0, gamma=2, avg_factor=3)
+    expected = sigmoid_focal_loss(logits, labels, alpha=0.0, gamma=2.0, avg_factor=3.0)
+    assert torch.equal(actual, expected)
+
+
+def test_dispatch_modes_see_the_operator(dispatched):
+    seen: list[str] = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        sigmoid_focal_loss(*inputs())
+    assert "saccade.sigmoid_focal_loss.default" in seen
+
+
+def test_function_modes_see_the_operator(dispatched):
+    seen: list[str] = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        sigmoid_focal_loss(*inputs())
+    assert "saccade.sigmoid_focal_loss.default" in seen
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_subclasses_are_asked(position, dispatched):
+    seen: list[str] = []
+
+    class Sub(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    values = list(inputs())
+    values[position] = values[position].as_subclass(Sub)
+    assert isinstance(sigmoid_focal_loss(*values), Sub)
+    assert "saccade.sigmoid_focal_loss.default" in seen
+
+
+def test_below_autograd_nothing_is_recorded(dispatched):
+    logits, labels = inputs()
+    with registration.below_autograd():
+        assert not sigmoid_focal_loss(logits.requires_grad_(), labels).requires_grad
+    assert dispatched
+
+
+def test_profilers_see_the_operator(dispatched):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        sigmoid_focal_loss(*inputs())
+    assert "saccade::sigmoid_focal_loss" in {event.key for event in profiled.key_averages()}
+
+
+def test_lazily_negated_and_inference_tensors_are_not_ordinary(dispatched):
+    logits, labels = inputs()
+    expected, _ = expected_step()
+    negated = torch.complex(torch.zeros_like(logits), -logits).conj().imag
+    assert negated.is_neg()
+    torch.testing.assert_close(sigmoid_focal_loss(negated, labels), expected)
+    assert dispatched
+    dispatched.clear()
+    with torch.inference_mode():
+        torch.testing.assert_close(sigmoid_focal_loss(*inputs()), expected)
+    assert dispatched
+
+
+def test_compiled_and_faked(dispatched):
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=False)
+    for left, right in zip(compiled(*inputs()), expected_step(), strict=True):
+        torch.testing.assert_close(left, right)
+    with torch._subclasses.FakeTensorMode() as mode:
+        faked = [mode.from_tensor(value) for value in inputs()]
+        assert sigmoid_focal_loss(*faked).shape == ()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_ordinary_tensors_of_a_gpu_are_known():
+    """Or the shorter way is not taken, and nothing but the time tells."""
+    assert registration._dispatcher_adds_nothing((torch.zeros(1, device="cuda"), None, 0.5))
+    assert not registration._dispatcher_adds_nothing((torch.zeros(1),))
