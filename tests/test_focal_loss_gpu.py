@@ -455,16 +455,17 @@ def test_strides_that_32_bits_do_not_hold(form):
     assert_near("each", each, losses, TOLERANCES[torch.float16])
 
 
+@pytest.mark.parametrize("classes", [80, 9])  # of which rows are taken apart by a power of 2, and by nothing
 @pytest.mark.parametrize("form", ["labels", "softmax"])
-def test_more_elements_than_32_bits_count_in_no_memory(form):
+def test_more_elements_than_32_bits_count_in_no_memory(form, classes):
     """One row, seen as if there were many."""
     call, exact = (softmax_focal_loss, softmax_exact) if form == "softmax" else (sigmoid_focal_loss, sigmoid_exact)
-    logits, labels = made("logits", 1, 80).detach(), torch.tensor([3], device=DEVICE)
-    rows = BEYOND_32_BITS // 80 * 2
+    logits, labels = made("logits", 1, classes).detach(), torch.tensor([3], device=DEVICE)
+    rows = BEYOND_32_BITS // classes * 2
     losses, _ = exact(logits, labels)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    mean = call(logits.expand(rows, 80), labels.expand(rows))
+    mean = call(logits.expand(rows, classes), labels.expand(rows))
     assert_near("mean", mean, losses.mean(), 1e-6)
     assert torch.cuda.max_memory_allocated() - before < 2**20
 

@@ -1,4 +1,4 @@
-"""The focal term of ``focal_term.py`` as kernels compute it: from one exponential and one division."""
+"""The focal term of ``focal_term.py`` as kernels compute it: from one exponential and one reciprocal square root."""
 
 import triton
 import triton.language as tl
