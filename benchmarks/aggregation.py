@@ -30,6 +30,12 @@ RECORDED_US = {
 }
 
 
+def workloads() -> list[str]:
+    """Names of all workloads."""
+    others = [f"aggregation-maps/{MAPS_WORKLOAD}", f"feature_maps_format/{MAPS_WORKLOAD}"]
+    return [*(f"aggregation/{name}" for name, _ in WORKLOADS), *others]
+
+
 def records(quick: bool, say: Say, is_wanted: IsWanted) -> Iterator[dict[str, Any]]:
     """One record for each workload that is wanted and pass; ``quick`` leaves out the baselines."""
     for name, dtype in WORKLOADS:

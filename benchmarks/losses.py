@@ -48,6 +48,12 @@ class Loss(NamedTuple):
     formula_target: Callable[[Tensor, Tensor], Tensor]  # what the formula takes, made of logits and target beforehand
 
 
+def workloads() -> list[str]:
+    """Names of all workloads."""
+    of_sigmoid = [f"sigmoid_focal_loss/{name}" for name in (*FOCAL, f"{PERMUTED_WORKLOAD}-permuted")]
+    return [*of_sigmoid, f"FocalLoss/{MODULE_WORKLOAD}", *(f"gaussian_focal_loss/{name}" for name in GAUSSIAN_FOCAL)]
+
+
 def sigmoid_records(quick: bool, say: Say, is_wanted: IsWanted) -> Iterator[dict[str, Any]]:
     """One record for each workload that is wanted and pass; ``quick`` leaves out the baselines."""
     for name, dtype in SIGMOID_WORKLOADS:

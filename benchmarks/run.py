@@ -71,6 +71,10 @@ def run(only: str | None, console: Console, quick: bool = False) -> list[dict[st
         UnknownWorkloadError: There is no such suite and no such workload.
         WrongResultError: An operator differs from its reference, or on a workload from the exact result.
     """
+    names = {*SUITES, *aggregation.workloads(), *losses.workloads()}
+    if only is not None and only not in names:
+        suites = ", ".join(SUITES)
+        raise UnknownWorkloadError(f"--only: expected one of {suites}, or one of their workloads, got {only!r}")
     machine = _machine()
     records: list[dict[str, Any]] = []
     for name, suite in SUITES.items():
@@ -88,9 +92,6 @@ def run(only: str | None, console: Console, quick: bool = False) -> list[dict[st
                     heading = f"{title}: {operator} ({backend}) on {machine['gpu']}"
                     console.print(_table(heading, of_clock, is_wide=console.width >= 180))
             records += of_operator
-    if not records:
-        suites = ", ".join(SUITES)
-        raise UnknownWorkloadError(f"--only: expected one of {suites}, or one of their workloads, got {only!r}")
     return records
 
 

@@ -313,6 +313,11 @@ def test_one_workload_alone(clock):
     assert clock.calls == len(records)
 
 
+def test_every_workload_has_a_name(clock):
+    records = run.run(None, Console(quiet=True), quick=True)
+    assert {record["workload"] for record in records} == {*aggregation.workloads(), *losses.workloads()}
+
+
 def test_new_records_take_the_place_of_those_of_the_same_workload(clock, tmp_path):
     file = tmp_path / "results.json"
     arguments = ["bench", "--quick", "--json", str(file), "--only"]

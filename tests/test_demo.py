@@ -457,4 +457,5 @@ def test_bench_without_a_gpu_or_with_an_unknown_suite_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     result = runner.invoke(app, ["bench", "--only", "everything"])
     assert result.exit_code == 2
-    assert result.stderr == "saccade bench: --only: expected one of aggregation, got 'everything'\n"
+    expected = "--only: expected one of aggregation, losses, or one of their workloads, got 'everything'"
+    assert result.stderr == f"saccade bench: {expected}\n"
