@@ -27,12 +27,74 @@ def test_signatures():
         ("sample_sizes", None),
         ("non_uniform_dim", None),
     ]
-    assert parameters(accvlab.combine_data) == [
-        ("data_list", nothing),
-        ("other_with_same_sample_sizes", None),
-        ("device", None),
-        ("flatten_batch_dims", True),
-    ]
+
+
+HELPERS = {
+    "apply_mask_to_tensor": ["data", "mask", "value_to_set"],
+    "average_over_targets": ["data", "nans_to_zero"],
+    "batched_bool_indexing": ["input_data", "input_mask"],
+    "batched_bool_indexing_write": ["to_write", "output_mask", "to_write_into"],
+    "batched_index_mapping": ["source_data", "source_indices", "target_indices", "target_data"],
+    "batched_indexing_access": ["input_data", "input_indices", "filler_value", "dim_to_index_in"],
+    "batched_indexing_write": ["to_write", "output_indices", "to_write_into", "dim_to_index_in"],
+    "batched_inverse_indexing_access": [
+        "input_data",
+        "output_indices",
+        "output_num_targets",
+        "filler_value",
+        "dim_to_index_in",
+    ],
+    "combine_data": ["data_list", "other_with_same_sample_sizes", "device", "flatten_batch_dims"],
+    "get_compact_from_named_tuple": ["mask", "data"],
+    "get_compact_lists": ["mask", "data"],
+    "get_indices_from_mask": ["mask"],
+    "get_mask_from_indices": ["mask_num_targets", "indices"],
+    "squeeze_except_batch_and_sample": ["data"],
+    "sum_over_targets": ["data"],
+}
+DEFAULTS = {
+    "value_to_set": 0.0,
+    "nans_to_zero": True,
+    "filler_value": 0.0,
+    "dim_to_index_in": None,
+    "other_with_same_sample_sizes": None,
+    "device": None,
+    "flatten_batch_dims": True,
+}
+
+
+def test_batching_helpers():
+    assert set(accvlab.__all__) == {*HELPERS, "RaggedBatch", "draw_heatmap", "draw_heatmap_batched"}
+    assert len(HELPERS) == 15
+    for name, names in HELPERS.items():
+        function = getattr(accvlab, name)
+        assert function is getattr(saccade.ragged, name)
+        assert parameters(function) == [(p, DEFAULTS.get(p, inspect.Parameter.empty)) for p in names]
+
+
+def test_methods_of_ragged_batches():
+    for name, names in {
+        "FromOversizeTensor": ["tensor", "mask", "sample_sizes", "non_uniform_dim"],
+        "FromFullTensor": ["full_tensor", "non_uniform_dim", "num_batch_dims"],
+        "Empty": ["num_dims", "non_uniform_dim", "device", "num_batch_dims", "batch_shape"],
+        "create_with_sample_sizes_like_self": ["self", "tensor", "non_uniform_dim", "device"],
+        "get_non_uniform_dimension_transposed_to": ["self", "dim"],
+        "unsqueeze_data_dim": ["self", "dim"],
+        "apply": ["self", "proc_step"],
+        "set_tensor": ["self", "tensor"],
+        "get_existence_weights": ["self", "dtype"],
+        "with_padded_set_to": ["self", "value_to_set"],
+        "set_padded_to": ["self", "value_to_set"],
+        "repeat_samples": ["self", "num_repeats", "batch_dim"],
+        "unsqueeze_batch_dim": ["self", "dim"],
+        "squeeze_batch_dim": ["self", "batch_dim"],
+        "reshape_batch_dims": ["self", "new_batch_shape"],
+        "broadcast_batch_dims_to_shape": ["self", "new_batch_shape"],
+        "broadcast_batch_dims": ["data"],
+        "to_device": ["self", "device"],
+        "to_dtype": ["self", "dtype"],
+    }.items():
+        assert [parameter for parameter, _ in parameters(getattr(accvlab.RaggedBatch, name))] == names
 
 
 def test_draw_heatmap(device):

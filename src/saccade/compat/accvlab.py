@@ -5,9 +5,45 @@ from typing import Any
 from torch import Tensor
 
 from saccade import gaussian_heatmap
-from saccade.ragged import RaggedBatch, combine_data
+from saccade.ragged import (
+    RaggedBatch,
+    apply_mask_to_tensor,
+    average_over_targets,
+    batched_bool_indexing,
+    batched_bool_indexing_write,
+    batched_index_mapping,
+    batched_indexing_access,
+    batched_indexing_write,
+    batched_inverse_indexing_access,
+    combine_data,
+    get_compact_from_named_tuple,
+    get_compact_lists,
+    get_indices_from_mask,
+    get_mask_from_indices,
+    squeeze_except_batch_and_sample,
+    sum_over_targets,
+)
 
-__all__ = ["RaggedBatch", "combine_data", "draw_heatmap", "draw_heatmap_batched"]
+__all__ = [
+    "RaggedBatch",
+    "apply_mask_to_tensor",
+    "average_over_targets",
+    "batched_bool_indexing",
+    "batched_bool_indexing_write",
+    "batched_index_mapping",
+    "batched_indexing_access",
+    "batched_indexing_write",
+    "batched_inverse_indexing_access",
+    "combine_data",
+    "draw_heatmap",
+    "draw_heatmap_batched",
+    "get_compact_from_named_tuple",
+    "get_compact_lists",
+    "get_indices_from_mask",
+    "get_mask_from_indices",
+    "squeeze_except_batch_and_sample",
+    "sum_over_targets",
+]
 
 
 def draw_heatmap(

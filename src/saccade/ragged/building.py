@@ -1,13 +1,16 @@
 """Building ragged batches from what a data loader delivers."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from saccade.argument_checks import InvalidArgumentError, InvalidStateError
+from saccade.argument_checks import InvalidArgumentError, InvalidStateError, require_tensor
 from saccade.ragged.batch import RaggedBatch
+from saccade.ragged.masks import first_selected, kept_entries
+
+NamedTuple = TypeVar("NamedTuple", bound=tuple[Any, ...])
 
 
 def combine_data(
@@ -19,7 +22,11 @@ def combine_data(
     """Pad tensors of different lengths with zeros to one batch.
 
     The first tensor with elements decides on dtype, data dimensions and device; the others are converted to its dtype.
-    Tensors without elements are samples without entries, and may have any number of dimensions.
+    Tensors without elements are samples without entries, and may have any number of dimensions. ``split`` of the result
+    gives them back.
+
+    Tensors on the CPU for a batch on a GPU are put together in page-locked memory and copied at once, without waiting
+    for the copy; only tensors that require grad are not.
 
     Args:
         data_list: A sequence of tensors (n_b, *D), or nested sequences of them.
@@ -70,7 +77,11 @@ def combine_data(
         width = other_with_same_sample_sizes.max_sample_size
 
     # One copy of everything, and one to the device, rather than one for each tensor.
-    padding = reference.new_zeros(width, *reference.shape[1:])
+    target = reference.device if device is None else torch.device(device)
+    origins = {leaf.device for leaf in leaves}
+    padding = torch.zeros(
+        (width, *reference.shape[1:]), dtype=reference.dtype, device=origins.pop() if len(origins) == 1 else target
+    )
     sizes, pieces = [], [padding[:0]]
     for number, leaf in enumerate(leaves):
         if leaf.numel() == 0:
@@ -82,9 +93,9 @@ def combine_data(
             )
         sizes.append(leaf.shape[0])
         pieces += [leaf.to(padding), padding[leaf.shape[0] :]]
-    tensor = torch.cat(pieces).view(*batch_shape, *padding.shape)
-    if device is not None:
-        tensor = tensor.to(device)
+    page_locked = target.type == "cuda" and not torch.compiler.is_compiling()
+    tensor = _end_to_end(pieces, page_locked and padding.device.type == "cpu")
+    tensor = tensor.view(*batch_shape, *padding.shape).to(target, non_blocking=tensor.device.type == "cpu")
     if other_with_same_sample_sizes is not None:
         other_shape = (*other_with_same_sample_sizes.batch_shape, other_with_same_sample_sizes.max_sample_size)
         if (*batch_shape, width) != other_shape:
@@ -93,8 +104,84 @@ def combine_data(
                 f"got {other_shape}"
             )
         return other_with_same_sample_sizes.create_with_sample_sizes_like_self(tensor, len(batch_shape))
-    sample_sizes = torch.tensor(sizes, dtype=torch.int64).view(batch_shape).to(tensor.device, non_blocking=True)
-    return RaggedBatch(tensor, sample_sizes=sample_sizes)
+    sample_sizes = torch.tensor(sizes, dtype=torch.int64, pin_memory=page_locked).view(batch_shape)
+    return RaggedBatch(tensor, sample_sizes=sample_sizes.to(tensor.device, non_blocking=True))
+
+
+def _end_to_end(pieces: list[Tensor], page_locked: bool) -> Tensor:
+    """The concatenation; autograd has no page-locked one."""
+    if not page_locked or (torch.is_grad_enabled() and any(piece.requires_grad for piece in pieces)):
+        return torch.cat(pieces)
+    first = pieces[0]
+    shape = (sum(piece.shape[0] for piece in pieces), *first.shape[1:])
+    return torch.cat(pieces, out=torch.empty(shape, dtype=first.dtype, pin_memory=True))
+
+
+def get_compact_lists(mask: Tensor, data: Sequence[Any]) -> list[Any]:
+    """The entries that one mask selects, of several tensors alike, in their order and padded with 0.
+
+    Waits for the device once, to read how many entries the largest selection has.
+
+    Args:
+        mask: (B, N) bool; other dtypes are converted.
+        data: Tensors (B, N, *D), each of its own dtype and data dimensions. What is no tensor is passed through.
+
+    Returns:
+        For each of ``data`` a batch over (B, K, *D), K being the largest number of selected entries; all share one mask
+        and sizes. Gradients flow to the tensors.
+
+    Raises:
+        TypeError: ``mask`` is no tensor.
+        IndexError: The mask has not two dimensions, or a tensor does not begin with those.
+
+    The function of ``accvlab.batching_helpers``.
+
+    Example:
+        >>> import torch
+        >>> from saccade.ragged import get_compact_lists
+        >>> mask = torch.tensor([[False, True, True], [False, False, True]])
+        >>> (numbers,) = get_compact_lists(mask, [torch.tensor([[0, 1, 2], [3, 4, 5]])])
+        >>> numbers.tensor, numbers.sample_sizes
+        (tensor([[1, 2],
+                [5, 0]]), tensor([2, 1]))
+    """
+    require_tensor("mask", mask)
+    if mask.dim() != 2:
+        raise IndexError(f"mask: expected 2 dimensions, got shape {tuple(mask.shape)}")
+    for number, element in enumerate(data):
+        if isinstance(element, Tensor) and element.shape[:2] != mask.shape:
+            raise IndexError(
+                f"data[{number}]: expected a shape that begins with that of mask, {tuple(mask.shape)}, got "
+                f"{tuple(element.shape)}"
+            )
+    if not any(isinstance(element, Tensor) for element in data):
+        return list(data)
+    index, sizes, kept = first_selected(mask.bool())
+    return [
+        RaggedBatch(kept_entries(element, index, kept), kept, sizes) if isinstance(element, Tensor) else element
+        for element in data
+    ]
+
+
+def get_compact_from_named_tuple(mask: Tensor, data: NamedTuple) -> NamedTuple:
+    """``get_compact_lists`` of the fields of a named tuple, as such a tuple.
+
+    The function of ``accvlab.batching_helpers``.
+
+    Example:
+        >>> from typing import Any, NamedTuple
+        >>> import torch
+        >>> from saccade.ragged import get_compact_from_named_tuple
+        >>> class Objects(NamedTuple):
+        ...     labels: Any
+        ...     source: str
+        >>> objects = Objects(torch.tensor([[7, 8], [9, 6]]), "camera")
+        >>> compact = get_compact_from_named_tuple(torch.tensor([[False, True], [False, False]]), objects)
+        >>> compact.labels.tensor, compact.source
+        (tensor([[8],
+                [0]]), 'camera')
+    """
+    return type(data)(*get_compact_lists(mask, data))
 
 
 def _is_sequence(value: Any) -> bool:

@@ -1,0 +1,129 @@
+"""Moving whole entries of any dtype: what the operators on ragged batches are made of.
+
+Nothing here looks at a value or waits for a device. PyTorch has no indexing or filling for a few dtypes (unsigned
+integers of more than 8 bits, 8-bit floats): those are moved as integers of the same width.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_MOVED_AS = {
+    torch.uint16: torch.int16,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.float8_e4m3fnuz: torch.uint8,
+    torch.float8_e5m2: torch.uint8,
+    torch.float8_e5m2fnuz: torch.uint8,
+}
+
+
+def movable(tensor: Tensor) -> Tensor:
+    """The tensor, or a view of it as integers where its dtype lacks operators."""
+    return tensor.view(_MOVED_AS[tensor.dtype]) if tensor.dtype in _MOVED_AS else tensor
+
+
+def moved(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What ``movable`` made, in its dtype again; such a view has no gradient, not even to the same dtype."""
+    return tensor.view(dtype) if dtype in _MOVED_AS else tensor
+
+
+def fill(
+    tensor: Tensor,  # (..., *D)
+    chosen: Tensor,  # bool, broadcast to tensor
+    value: float,
+) -> Tensor:
+    """A copy with ``value``, converted as PyTorch converts a scalar, wherever ``chosen``; no gradient from there."""
+    if tensor.dtype not in _MOVED_AS:
+        return tensor.masked_fill(chosen, value)
+    # torch.where takes every dtype, but promotes a Python number.
+    return torch.where(chosen, torch.full((), value, dtype=tensor.dtype, device=tensor.device), tensor)
+
+
+def fill_in_place(tensor: Tensor, chosen: Tensor, value: float) -> None:
+    """``fill`` into the tensor itself."""
+    if tensor.dtype not in _MOVED_AS:
+        tensor.masked_fill_(chosen, value)
+    else:
+        tensor.copy_(fill(tensor, chosen, value))
+
+
+def beside_entries(
+    mask: Tensor,  # (*B, N)
+    dim: int,
+    data_dims: int,
+) -> Tensor:
+    """The mask as a view that broadcasts with data of ``data_dims`` dimensions whose N lies at ``dim``."""
+    batch_dims = mask.dim() - 1
+    ones = [1] * (dim - batch_dims)
+    return mask.reshape(*mask.shape[:-1], *ones, mask.shape[-1], *[1] * (data_dims - dim - 1))
+
+
+def gather_entries(
+    data: Tensor,  # (S, W, *D)
+    index: Tensor,  # (S, K) int64, in [0, W) or, with W = 0, of value 0
+) -> Tensor:  # (S, K, *D)
+    """Entries of each sample by index, which may repeat.
+
+    The gradient is that of PyTorch's advanced indexing: contributions to one entry are added in the order of k, each
+    sum rounded to the dtype.
+    """
+    sample = torch.arange(index.shape[0], device=index.device)[:, None]
+    return _never_empty(data)[sample, index]
+
+
+def gather_distinct_entries(
+    data: Tensor,  # (S, W, *D)
+    index: Tensor,  # (S, K) int64, in [0, W) or, with W = 0, of value 0
+) -> Tensor:  # (S, K, *D)
+    """``gather_entries`` where at most one of the indices to an entry gets a gradient other than zero.
+
+    Then the order of additions does not matter, and the gradient need not sort the indices.
+    """
+    data = _never_empty(data)
+    samples, width = data.shape[:2]
+    rows = index + torch.arange(samples, device=index.device)[:, None] * width
+    flat = movable(data).reshape(samples * width, *data.shape[2:])
+    return moved(flat.index_select(0, rows.flatten()), data.dtype).view(*index.shape, *data.shape[2:])
+
+
+def put_entries(
+    data: Tensor,  # (S, W, *D)
+    chosen: Tensor,  # (S, M) bool: which entries to write
+    index: Tensor,  # (S, M) int64 where to, in [0, W) where chosen
+    entries: Tensor,  # (S, M, *D)
+) -> Tensor:  # (S, W, *D)
+    """A copy with entries written to it. Of several to one place the last is written, and it alone gets a gradient."""
+    samples, width = data.shape[:2]
+    rows = place_of(chosen, index, width)
+    slot = torch.arange(index.shape[1], device=index.device).expand_as(rows)
+    last = torch.full((samples * width + 1,), -1, device=rows.device)
+    last = last.scatter_reduce(0, rows.flatten(), slot.flatten(), "amax")
+    rows = rows.where(last[rows] == slot, samples * width)
+    # The row at the end takes what is not to be written, so that all is one copy. It is cut off again.
+    flat = movable(data).reshape(samples * width, *data.shape[2:])
+    flat = torch.cat([flat, flat.new_zeros(1, *data.shape[2:])])
+    flat.index_put_((rows.flatten(),), movable(entries).reshape(rows.numel(), *data.shape[2:]))
+    return moved(flat[: samples * width], data.dtype).view(data.shape)
+
+
+def place_of(chosen: Tensor, index: Tensor, width: int) -> Tensor:
+    """(S, M) rows of the S samples' entries laid end to end; the row behind them where not ``chosen``."""
+    rows = index + torch.arange(index.shape[0], device=index.device)[:, None] * width
+    return rows.where(chosen, index.shape[0] * width)
+
+
+def flatten_samples(tensor: Tensor, batch_dims: int) -> Tensor:
+    """(*B, ...) as (S, ...); the sizes are said, since PyTorch cannot infer them where others are 0."""
+    if batch_dims == 1:
+        return tensor
+    return tensor.reshape(math.prod(tensor.shape[:batch_dims]), *tensor.shape[batch_dims:])
+
+
+def _never_empty(data: Tensor) -> Tensor:
+    """(S, W, *D) with W at least 1, so that an index for which there is no entry has something to point to."""
+    if data.shape[1]:
+        return data
+    return torch.cat([data, data.new_zeros(data.shape[0], 1, *data.shape[2:])], 1)
