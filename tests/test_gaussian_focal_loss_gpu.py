@@ -4,7 +4,6 @@ import importlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +14,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from cases.comparison import assert_near, assert_same_bits
 from cases.gaussian_focal_loss import EPS, exact
+from cases.losses_on_gpu import (
+    BEYOND_32_BITS,
+    NAN,
+    TOLERANCES,
+    bytes_of,
+    deterministic_algorithms,
+    needs_memory,
+    synchronizing_raises,
+)
 from saccade.gaussian_focal_loss import gaussian_focal_loss, gaussian_focal_loss_with_logits
 from saccade.nn import GaussianFocalLoss
 
@@ -25,12 +33,6 @@ workloads = importlib.import_module("workloads")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 DEVICE = "cuda"
-NAN = float("nan")
-BEYOND_32_BITS = 2**31
-
-# Largest relative error (norm of the difference over norm of the exact result): a few roundings of float32 in each
-# element, and half an ulp of the smaller dtypes. Reduced losses are float32 whatever the dtype.
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
 
 Call = Callable[..., Tensor]
 
@@ -41,34 +43,6 @@ def memory_is_given_back() -> Iterator[None]:
     yield
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def needs_memory(gigabytes: int) -> None:
-    free, _ = torch.cuda.mem_get_info()
-    if free < gigabytes * 1e9:
-        pytest.skip(f"needs {gigabytes} GB of free GPU memory, there are {free / 1e9:.0f}")
-
-
-def bytes_of(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-@contextmanager
-def synchronizing_raises() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@contextmanager
-def deterministic_algorithms(on: bool) -> Iterator[None]:
-    torch.use_deterministic_algorithms(on)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 # ---- ways to call the losses, as functions of tensors alone
