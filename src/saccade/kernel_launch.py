@@ -18,6 +18,9 @@ from triton import knobs
 from triton.language.extra.cuda import gdc_wait
 from triton.runtime.jit import JITFunction
 
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+"""What kernels compute in, as a constant of theirs."""
+
 
 class _Compiled(NamedTuple):
     """What a launch of a compiled kernel takes, beside the values of its arguments."""

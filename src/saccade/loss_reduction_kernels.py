@@ -14,8 +14,6 @@ from torch import Tensor
 
 from saccade.kernel_launch import LaunchedKernel, PreparedLaunch, overlapping, wait_for_kernel_before
 
-TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
-
 MOST_PROGRAMS = 4096
 
 # So many losses are added up one after the other, in the precision they are computed in: thousands would drift. The

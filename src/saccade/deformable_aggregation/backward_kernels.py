@@ -41,7 +41,6 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.deformable_aggregation.kernels import (
-    TRITON_DTYPE,
     is_visible,
     load_map,
     pixel_before,
@@ -49,7 +48,13 @@ from saccade.deformable_aggregation.kernels import (
     row_tile,
     samples_at_once,
 )
-from saccade.kernel_launch import LaunchedKernel, on_device_of, overlapping, wait_for_kernel_before
+from saccade.kernel_launch import (
+    TRITON_DTYPE,
+    LaunchedKernel,
+    on_device_of,
+    overlapping,
+    wait_for_kernel_before,
+)
 from saccade.precision import compute_dtype
 
 # Rows of features that a window has on average: enough windows that the last ones to finish leave no GPU idle.

@@ -30,10 +30,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.kernel_launch import LaunchedKernel, on_device_of, overlapping, wait_for_kernel_before
+from saccade.kernel_launch import (
+    TRITON_DTYPE,
+    LaunchedKernel,
+    on_device_of,
+    overlapping,
+    wait_for_kernel_before,
+)
 from saccade.precision import compute_dtype
-
-TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 # By bytes of a feature: key points whose samples are listed together; warps that share an anchor's samples; and how
 # many programs are enough, so that one sums all of an anchor's segments. What was fastest on an H200.

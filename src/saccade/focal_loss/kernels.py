@@ -35,14 +35,20 @@ from saccade.focal_term_kernels import (
     sigmoid_and_softplus,
     softplus_to_multiply,
 )
-from saccade.kernel_launch import LaunchedKernel, PreparedLaunch, on_device_of, overlapping, wait_for_kernel_before
+from saccade.kernel_launch import (
+    TRITON_DTYPE,
+    LaunchedKernel,
+    PreparedLaunch,
+    on_device_of,
+    overlapping,
+    wait_for_kernel_before,
+)
 from saccade.loss_reduction import new_loss, normalized
 from saccade.loss_reduction_kernels import (
     IN_A_ROW,
     KEPT_LAUNCHES,
     MOST_BLOCKS,
     MOST_PROGRAMS,
-    TRITON_DTYPE,
     as_numbers,
     factor_of_gradients,
     finish,

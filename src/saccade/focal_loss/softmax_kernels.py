@@ -8,12 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.focal_term_kernels import constant_power, log1p, power_of
-from saccade.kernel_launch import LaunchedKernel, on_device_of, overlapping, wait_for_kernel_before
+from saccade.kernel_launch import TRITON_DTYPE, LaunchedKernel, on_device_of, overlapping, wait_for_kernel_before
 from saccade.loss_reduction import new_loss
 from saccade.loss_reduction_kernels import (
     IN_A_ROW,
     MOST_PROGRAMS,
-    TRITON_DTYPE,
     as_numbers,
     factor_of_gradients,
     finish,

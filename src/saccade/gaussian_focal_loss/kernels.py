@@ -17,14 +17,20 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.focal_term_kernels import constant_power, focal_term, focal_term_slope, log1p, power_of
-from saccade.kernel_launch import LaunchedKernel, PreparedLaunch, on_device_of, overlapping, wait_for_kernel_before
+from saccade.kernel_launch import (
+    TRITON_DTYPE,
+    LaunchedKernel,
+    PreparedLaunch,
+    on_device_of,
+    overlapping,
+    wait_for_kernel_before,
+)
 from saccade.loss_reduction import new_loss, normalized
 from saccade.loss_reduction_kernels import (
     IN_A_ROW,
     KEPT_LAUNCHES,
     MOST_BLOCKS,
     MOST_PROGRAMS,
-    TRITON_DTYPE,
     as_numbers,
     factor_of_gradients,
     finish,
