@@ -42,7 +42,7 @@ def sigmoid_and_softplus(z):
         likely = 1 / (1 + e)
     else:
         e = tl.exp2(tl.abs(z) * -_LOG2_E)
-        root = tl.rsqrt(1 + e)  # as accurate as a division, in two instructions instead of seven
+        root = tl.rsqrt(1 + e)  # two instructions to the reciprocal, where a division takes seven
         likely = root * root
     unlikely = e * likely
     return tl.where(z >= 0, likely, unlikely), tl.where(z >= 0, unlikely, likely), _log1p_up_to_1(e)

@@ -1,8 +1,9 @@
 """Kernels of what all losses do with their elements: visit them where they lie, and sum them in a fixed order.
 
 Each program of a loss's own kernel sums the elements of every n-th tile to one number; there are at most
-``MOST_PROGRAMS``. A kernel of one program then adds these numbers up and divides. A second launch costs
-less than a counter that tells the last program that it is the last: the counter has to be cleared by a launch, too.
+``MOST_PROGRAMS``. A kernel of one program then adds these numbers up and divides. A counter that tells the last program
+that it is the last would save that launch, but has to be cleared by one, or be kept from call to call, where graphs
+that run side by side would share it.
 """
 
 from functools import lru_cache

@@ -133,8 +133,9 @@ def _dispatcher_adds_nothing(args: tuple[Any, ...]) -> bool:
 class DirectCall:
     """An operator with a gradient, called past the dispatcher where that would only find what is known here.
 
-    The dispatcher makes every argument a value of its own and back, twice where a gradient is recorded: on a GPU this
-    takes longer than all else that a small operator does.
+    The dispatcher makes every argument a value of its own and back, twice where a gradient is recorded. A step of
+    ``FocalLoss`` on 7200 x 10 logits took 1.7 to 2.1 times a step of torch's binary cross entropy through it, and 1.3
+    to 1.5 times past it (wall time beside an H200).
     """
 
     def __init__(self, name: str):

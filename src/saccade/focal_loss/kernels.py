@@ -4,16 +4,16 @@ A tile is a run of elements in the order in which the logits lie in memory: of w
 the classes are further apart than the rows (as in the permuted output of a convolution), of rows of one class after the
 other, so that each row's label is read once.
 
-What bounds it (ncu, H200, 960000 rows of 80 classes, gamma 2: float32 90 us forward, 148 us backward, floors 75 and
-148): main memory the backward. The forward is bound by its instructions, 27 an element: with bfloat16 logits they are
-issued in 85 % of the cycles while main memory is busy by 41 %, so that half the bytes save a tenth of the time (83 us).
+What bounds it (H200, 960000 rows of 80 classes, gamma 2, float32: 90 us forward, 148 us backward, floors 75 and 148):
+the backward is at what memory can deliver. The forward is bound by its instructions, some 27 an element: with bfloat16
+logits, 83 us, ncu sees them issued in 85 % of the cycles and main memory busy by 41 %. These times were taken before
+the sum was cut into runs of ``IN_A_ROW``.
 
 What else was tried on that workload, forward / backward, float32:
-- Each element's row by a division and its label by a load of its own, 64 instructions: 182 / 197 us. That elements of a
-  row share both, as many as a power of 2 divides the classes by, and a reciprocal square root in place of the division:
-  100 / 148. Positions counted with 32 bits, the class compared with what does not change from tile to tile: 90 / 148.
-- A polynomial of degree 8 for the logarithm and a compensated exponential: errors of 1e-7 instead of 2.5e-7, for five
-  more instructions.
+- Each element's row by a division and its label by a load of its own, some 64 instructions: 182 / 197 us. That elements
+  of a row share both, as many as a power of 2 divides the classes by, and a reciprocal square root in place of the
+  division: 100 / 148. Positions counted with 32 bits, the class compared with what does not change from tile to tile:
+  90 / 148.
 """
 
 from collections.abc import Sequence
