@@ -24,11 +24,12 @@ SUMS = {
 
 
 @pytest.mark.parametrize("form", SUMS)
-@pytest.mark.parametrize("programs", [1, 3])
-def test_few_programs_sum_many_tiles(form, programs, device, monkeypatch):
+@pytest.mark.parametrize(("programs", "in_a_row"), [(1, 32), (3, 32), (1, 2)])
+def test_few_programs_sum_many_tiles(form, programs, in_a_row, device, monkeypatch):
     if not served_by_triton(torch.empty(0, device=device)):
         pytest.skip("has no kernel there")
-    from saccade.focal_loss import kernels, softmax_kernels
+    from saccade import loss_reduction_kernels
+    from saccade.focal_loss import kernels
     from saccade.gaussian_focal_loss import kernels as gaussian_kernels
 
     rng = torch.Generator().manual_seed(0)
@@ -36,8 +37,8 @@ def test_few_programs_sum_many_tiles(form, programs, device, monkeypatch):
     labels = torch.randint(0, 8, (2600,), generator=rng)
     soft = torch.randint(0, 5, (2600, 7), generator=rng) / 4
     expected = SUMS[form](logits.double(), labels, soft.double())
-    for module in (kernels, softmax_kernels, gaussian_kernels):
-        monkeypatch.setattr(module, "MOST_PROGRAMS", programs)
+    monkeypatch.setattr(loss_reduction_kernels, "_ENOUGH_PROGRAMS", programs)
+    monkeypatch.setattr(loss_reduction_kernels, "_IN_A_ROW", in_a_row)
     kernels._prepare.cache_clear()
     gaussian_kernels._prepare.cache_clear()
     try:

@@ -30,12 +30,9 @@ class _Compiled(NamedTuple):
     metadata: Any
     unused: tuple  # in place of the constants
 
-    def launch(self, grid: tuple[int, ...], device: int, values: Sequence[Any]) -> None:
+    def launch(self, grid: tuple[int, int, int], device: int, values: Sequence[Any]) -> None:
         stream = torch._C._cuda_getCurrentRawStream(device)
-        size = (*grid, 1, 1)
-        self.run(
-            size[0], size[1], size[2], stream, self.function, self.metadata, None, None, None, *values, *self.unused
-        )
+        self.run(*grid, stream, self.function, self.metadata, None, None, None, *values, *self.unused)
 
 
 class LaunchedKernel:
@@ -57,7 +54,7 @@ class LaunchedKernel:
         device = _take_apart(arguments, values, kinds)
         compiled = self.compiled((device, *kinds, *constants.items()), grid, arguments, constants)
         if compiled is not None:
-            compiled.launch(grid, device, values)
+            compiled.launch(_of_three_axes(grid), device, values)
 
     def prepare(self, grid: tuple[int, ...], *last_arguments: Any, **constants: Any) -> "PreparedLaunch":
         """A launch that is complete but for its first arguments: for launchers that are called again and again.
@@ -89,6 +86,7 @@ class PreparedLaunch:
 
     def __init__(self, kernel: LaunchedKernel, grid: tuple[int, ...], last_arguments: tuple, constants: dict[str, Any]):
         self._kernel, self._grid, self._last_arguments, self._constants = kernel, grid, last_arguments, constants
+        self._grid_of_three = _of_three_axes(grid)
         self._last_values, last_kinds = [], []
         _take_apart(last_arguments, self._last_values, last_kinds)
         self._last_kinds = (*last_kinds, *constants.items())
@@ -96,23 +94,34 @@ class PreparedLaunch:
 
     def __call__(self, tensors: Sequence[Any], *numbers: float) -> None:
         """Launch with these tensors, of which all but the first may be ``None``, and numbers."""
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        pairs = zip(tensors, addresses, strict=True)
-        kind = (tensors[0].get_device(), *[None if tensor is None else _kind_of(tensor, at) for tensor, at in pairs])
-        numbers = tuple(map(float, numbers))
+        device = tensors[0].get_device()
+        kind, values = [device], []
+        for tensor in tensors:
+            if tensor is None:
+                kind.append(None)
+                values.append(None)
+            else:
+                address = tensor.data_ptr()
+                kind.append(tensor.dtype if address % 16 == 0 else (tensor.dtype, "not aligned"))
+                values.append(address)
+        kind = tuple(kind)
         compiled = self._compiled.get(kind)
         if compiled is None or _is_watched():
+            numbers = tuple(map(float, numbers))
             arguments = (*tensors, *numbers, *self._last_arguments)
             kind_of_all = (*kind, *[float] * len(numbers), *self._last_kinds)
             compiled = self._kernel.compiled(kind_of_all, self._grid, arguments, self._constants)
             if compiled is None:
                 return
             self._compiled[kind] = compiled
-        compiled.launch(self._grid, kind[0], (*addresses, *numbers, *self._last_values))
+        values += numbers
+        values += self._last_values
+        compiled.launch(self._grid_of_three, device, values)
 
 
-def _kind_of(tensor: Tensor, address: Any) -> Any:
-    return tensor.dtype if address % 16 == 0 else (tensor.dtype, "not aligned")
+def _of_three_axes(grid: tuple[int, ...]) -> tuple[int, int, int]:
+    x, y, z = (*grid, 1, 1)[:3]
+    return x, y, z
 
 
 def _take_apart(arguments: tuple, values: list[Any], kinds: list[Any]) -> int:
@@ -132,7 +141,7 @@ def _take_apart(arguments: tuple, values: list[Any], kinds: list[Any]) -> int:
             values.append(tuple(inner_values))
         elif isinstance(argument, Tensor):
             address = argument.data_ptr()
-            kinds.append(_kind_of(argument, address))
+            kinds.append(argument.dtype if address % 16 == 0 else (argument.dtype, "not aligned"))
             values.append(address)
             device = argument.get_device()
         else:
@@ -143,13 +152,15 @@ def _take_apart(arguments: tuple, values: list[Any], kinds: list[Any]) -> int:
 
 def _is_watched() -> bool:
     """Whether a profiler wants to hear of launches."""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(
+        (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True))
+    )
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Kernels are launched on the current device: make it the tensor's."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+    if not tensor.is_cuda or tensor.get_device() == torch._C._cuda_getDevice():
         return nullcontext()
     return torch.cuda.device(tensor.device)
 

@@ -1,7 +1,7 @@
 """Kernels of what all losses do with their elements: visit them where they lie, and sum them in a fixed order.
 
-Each program of a loss's own kernel sums the elements of every n-th tile to one number; there are at most
-``MOST_PROGRAMS``. A kernel of one program then adds these numbers up and divides. A counter that tells the last program
+Each program of a loss's own kernel sums the elements of every n-th tile to one number. A kernel of one program then
+adds these numbers up and divides. A counter that tells the last program
 that it is the last would save that launch, but has to be cleared by one, or be kept from call to call, where graphs
 that run side by side would share it.
 """
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from saccade.kernel_launch import LaunchedKernel, PreparedLaunch, overlapping, wait_for_kernel_before
 
-MOST_PROGRAMS = 4096
+# So many programs keep a GPU busy, and leave few sums to add up.
+_ENOUGH_PROGRAMS = 4096
 
-# So many losses are added up one after the other, in the precision they are computed in: thousands would drift. The
-# sums of these are added up in float64.
-IN_A_ROW = tl.constexpr(32)
+# At most so many losses are added up one after the other in the precision they are computed in: thousands would drift.
+# The programs' sums are added up in float64.
+_IN_A_ROW = 32
 
-# Of a launch that sums nothing.
+# Programs of a launch that sums nothing, at most.
 MOST_BLOCKS = 2**31 - 1
 
 # Launches for so many shapes and kinds of arguments are kept.
@@ -75,6 +76,11 @@ def _finish_kernel(
     elif avg_factor is not None:
         result /= tl.load(avg_factor).to(tl.float64) + eps
     tl.store(output, result.to(output.dtype.element_ty))
+
+
+def summing_programs(tiles: int, in_a_row: int = 1) -> int:
+    """How many programs sum up tiles, in each of which so many losses are added up one after the other."""
+    return min(tiles, max(_ENOUGH_PROGRAMS, triton.cdiv(tiles * in_a_row, _IN_A_ROW)))
 
 
 @lru_cache(KEPT_LAUNCHES)

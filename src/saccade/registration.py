@@ -10,10 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import Function, profiler
-from torch.overrides import has_torch_function
+from torch.overrides import has_torch_function_unary
 
 library = torch.library.Library("saccade", "FRAGMENT")
 
@@ -21,8 +20,17 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 """Context manager for an autograd implementation: calls inside reach the device implementation."""
 
 
+class Gradient(Function):
+    """How an operator is differentiated: ``backward``, and what it needs of the arguments and the result."""
+
+    @staticmethod
+    def save(ctx: Any, args: tuple[Any, ...], result: Any) -> None:
+        """Keep what ``backward`` needs. Tensors of lists are arguments, and results, of their own."""
+
+
 _implementations: dict[str, Callable[..., Any]] = {}
-_functions: dict[str, type[Function]] = {}
+_gradients: dict[str, type[Gradient]] = {}
+_written: dict[str, tuple[int, ...]] = {}
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> str:
@@ -39,27 +47,47 @@ def _ends_in_list(values: Any) -> bool:
     return str(values[-1].type) == "List[Tensor]"
 
 
-def register_autograd(name: str, function: type[Function]) -> None:
-    """Give an operator its gradient: ``function.forward`` must call the operator under ``below_autograd``.
+def _recorded(gradient: type[Gradient], call: Callable[..., Any]) -> type[Function]:
+    """A function that autograd records: ``call``, differentiated as ``gradient`` says."""
 
-    A list of tensors must be the last argument or the last result of the operator. ``function`` gets its tensors as
-    arguments of their own and returns them as results of their own: it would lose their gradients without a word.
-    """
+    def forward(ctx: Any, *args: Any) -> Any:
+        result = call(*args)
+        gradient.save(ctx, args, result)
+        return result
+
+    return type(gradient.__name__, (gradient,), {"forward": staticmethod(forward)})
+
+
+def register_autograd(name: str, gradient: type[Gradient]) -> None:
+    """Give an operator its gradient. A list of tensors must be the last argument or the last of several results."""
     operator = getattr(torch.ops.saccade, name).default
-    takes_list, gives_list = _ends_in_list(operator._schema.arguments), _ends_in_list(operator._schema.returns)
-    before_list = len(operator._schema.returns) - 1
+    arguments, results = operator._schema.arguments, operator._schema.returns
+    takes_list, gives_list = _ends_in_list(arguments), _ends_in_list(results)
+    before_list, before_list_of_results = len(arguments) - 1, len(results) - 1
+
+    # Autograd would lose the gradients of tensors in a list without a word.
+    def call(*args: Any) -> Any:
+        if takes_list:
+            args = (*args[:before_list], args[before_list:])
+        with below_autograd():
+            result = operator(*args)
+        return (*result[:before_list_of_results], *result[before_list_of_results]) if gives_list else result
+
+    function = _recorded(gradient, call)
 
     def autograd(*args: Any) -> Any:
         if torch.is_grad_enabled():
             if takes_list:
-                args = (*args[:-1], *args[-1])
+                args = (*args[:before_list], *args[before_list])
             result = function.apply(*args)
-            return (*result[:before_list], list(result[before_list:])) if gives_list else result
+            if not gives_list:
+                return result
+            return (*result[:before_list_of_results], list(result[before_list_of_results:]))
         with below_autograd():
             return operator(*args)
 
     library.impl(name, autograd, "Autograd")
-    _functions[name] = function
+    _gradients[name] = gradient
 
 
 def register_backward(name: str) -> None:
@@ -68,19 +96,8 @@ def register_backward(name: str) -> None:
     ``once_differentiable`` does not notice a second derivative of a scalar loss, whose incoming gradient is a constant;
     the saved inputs of a backward operator do require grad then, so a node of its own raises.
     """
-    operator = getattr(torch.ops.saccade, name).default
-    takes_list, gives_list = _ends_in_list(operator._schema.arguments), _ends_in_list(operator._schema.returns)
-    before_list = len(operator._schema.arguments) - 1
 
-    class DifferentiatedTwice(Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            if takes_list:
-                args = (*args[:before_list], args[before_list:])
-            with below_autograd():
-                result = operator(*args)
-            return (*result[:-1], *result[-1]) if gives_list else result
-
+    class DifferentiatedTwice(Gradient):
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             raise RuntimeError(f"saccade::{name.removesuffix('_backward')} cannot be differentiated twice")
@@ -102,6 +119,7 @@ def register_in_place(name: str, *written: int) -> None:
             operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
     library.impl(name, count_version, "ADInplaceOrView", with_keyset=True)
+    _written[name] = written
 
 
 def _keys(*names: str) -> int:
@@ -118,40 +136,55 @@ _OF_GPU_TENSORS = _keys("CUDA", "ADInplaceOrView", "AutogradCUDA", "AutocastCUDA
 _OF_NO_MODE = _keys("BackendSelect", "ADInplaceOrView")
 
 
-def _dispatcher_adds_nothing(args: tuple[Any, ...]) -> bool:
-    """Whether all tensors are ordinary ones of a GPU, and nothing traces, transforms, profiles or overrides calls."""
-    if torch.compiler.is_compiling() or profiler._is_profiler_enabled or has_torch_function(args):
-        return False
-    if _modes_under_way().raw_repr() != _OF_NO_MODE or _is_excluded(DispatchKey.AutogradFunctionality):
-        return False
-    for arg in args:  # noqa: SIM110 - all(...) takes twice as long
-        if isinstance(arg, Tensor) and _keys_of(arg).raw_repr() != _OF_GPU_TENSORS:
-            return False
-    return True
+def _nothing_watches() -> bool:
+    """Whether nothing traces, transforms, profiles or overrides calls."""
+    return not (
+        torch.compiler.is_compiling()
+        or profiler._is_profiler_enabled
+        or torch._C._is_torch_function_mode_enabled()
+        or _modes_under_way().raw_repr() != _OF_NO_MODE
+        or _is_excluded(DispatchKey.AutogradFunctionality)
+    )
 
 
 class DirectCall:
-    """An operator with a gradient, called past the dispatcher where that would only find what is known here.
+    """An operator, called past the dispatcher where that would only find what is known here.
 
-    The dispatcher makes every argument a value of its own and back, twice where a gradient is recorded. A step of
-    ``FocalLoss`` on 7200 x 10 logits took 1.7 to 2.1 times a step of torch's binary cross entropy through it, and 1.3
-    to 1.5 times past it (wall time beside an H200).
+    That is where all tensors are ordinary ones of a GPU, and nothing watches calls. The dispatcher makes every argument
+    a value of its own and back, twice where a gradient is recorded. A step of ``FocalLoss`` on 7200 x 10 logits took
+    1.7 to 2.1 times a step of torch's binary cross entropy through it, and 1.3 to 1.5 times past it (wall time beside
+    an H200).
     """
 
     def __init__(self, name: str):
         self.operator = getattr(torch.ops.saccade, name).default
         self.implementation = _implementations[name]
-        self.function = _functions[name]
+        kinds = [str(argument.type) for argument in self.operator._schema.arguments]
+        assert "List[Tensor]" not in kinds, f"saccade::{name}: a list of tensors would not be looked into"
+        self.tensors = [position for position, kind in enumerate(kinds) if "Tensor" in kind]
+        self.written = _written.get(name, ())
+        # Past Function.apply, too, which looks for transforms of torch.func: they count among what watches calls.
+        gradient = _gradients.get(name)
+        self.record = None if gradient is None else super(Function, _recorded(gradient, self.implementation)).apply
 
     def __call__(self, *args: Any) -> Any:
         """Call the operator."""
-        if not _dispatcher_adds_nothing(args):
+        if not self._can_be_direct(args):
             return self.operator(*args)
-        return self.function.apply(*args) if torch.is_grad_enabled() else self.implementation(*args)
+        if self.record is not None and torch.is_grad_enabled():
+            return self.record(*args)
+        for position in self.written:
+            torch.autograd.graph.increment_version(args[position])
+        return self.implementation(*args)
 
-    def below_autograd(self, *args: Any) -> Any:
-        """Call its device implementation."""
-        if _dispatcher_adds_nothing(args):
-            return self.implementation(*args)
-        with below_autograd():
-            return self.operator(*args)
+    def _can_be_direct(self, args: tuple[Any, ...]) -> bool:
+        if not _nothing_watches():
+            return False
+        for position in self.tensors:
+            tensor = args[position]
+            # A subclass that overrides calls has a key for it, or a __torch_function__ of its own.
+            if tensor is not None and (
+                _keys_of(tensor).raw_repr() != _OF_GPU_TENSORS or has_torch_function_unary(tensor)
+            ):
+                return False
+        return True

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from saccade.argument_checks import require_floating, require_integer, require_same_device, require_shape
 from saccade.debug import debug_checks_enabled
@@ -17,7 +16,7 @@ from saccade.deformable_aggregation.formatting import (
     index_tensors,
     maps_of,
 )
-from saccade.registration import below_autograd, register, register_autograd, register_backward
+from saccade.registration import Gradient, register, register_autograd, register_backward
 from saccade.triton_dispatch import served_by_triton
 
 
@@ -233,12 +232,10 @@ def _backward_fake(
     return _gradients((feature_maps, sampling_location, weights), needed, Tensor.new_empty)
 
 
-class _DeformableAggregation(Function):
+class _DeformableAggregation(Gradient):
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*inputs)
-        with below_autograd():
-            return torch.ops.saccade.deformable_aggregation(*inputs)
+    def save(ctx: Any, args: tuple[Tensor, ...], result: Tensor) -> None:
+        ctx.save_for_backward(*args)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -328,12 +325,10 @@ def _backward_maps_fake(
     return grad_location, grad_weights, grad_maps
 
 
-class _DeformableAggregationMaps(Function):
+class _DeformableAggregationMaps(Gradient):
     @staticmethod
-    def forward(ctx: Any, sampling_location: Tensor, weights: Tensor, *feature_maps: Tensor) -> Tensor:
-        ctx.save_for_backward(sampling_location, weights, *feature_maps)
-        with below_autograd():
-            return torch.ops.saccade.deformable_aggregation_maps(sampling_location, weights, feature_maps)
+    def save(ctx: Any, args: tuple[Tensor, ...], result: Tensor) -> None:
+        ctx.save_for_backward(*args)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,8 +6,9 @@ atomics, without a float32 copy, and with the same bits in every run. Two neighb
 *record* is the upper or the lower two corners of a point on a level, filed under the first row of the two.
 
 1. `_count_kernel`, a running sum, `_place_kernel`: file the records by row. Integer atomics deal out the places, so
-   `_order_kernel` then sorts those of each row by their number: a record's place is how many of its row come before it.
-2. `_split_kernel` cuts rows and records into windows of equal work, if need be within the records of a row.
+   `_order_and_split_kernel` then sorts those of each row by their number: a record's place is how many of its row come
+   before it.
+2. The same kernel cuts rows and records into windows of equal work, if need be within the records of a row.
 3. `_gather_kernel`, one warp to a window: for each record read the gradient of its anchor's output, add to the
    gradients of the two rows, and take the products with the two rows of features, group by group. Of these products it
    keeps per record what the location and the weights need.
@@ -182,20 +183,18 @@ def _place_kernel(
         tl.store(placed + position, record.to(placed.dtype.element_ty), mask=exists)
 
 
-@LaunchedKernel
 @triton.jit
-def _order_kernel(
-    spatial_shape, scale_start_index, location, begins, placed, ordered, shares, rows, pairs_of_sample, samples,
-    map_rows, N: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr, OVERLAP: tl.constexpr,
+def _order(
+    program, programs, spatial_shape, scale_start_index, location, begins, placed, ordered, shares, rows,
+    pairs_of_sample, samples, map_rows, N: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Put the records of each row in the order of their numbers: so that sums over them are the same in every run.
 
     Every record looks at all of its row: the work is quadratic in the records of a row, nothing beside the rest where
     these are some hundreds, and felt where all points of a scene lie on one pixel.
     """
-    wait_for_kernel_before(OVERLAP)
     total = tl.load(begins + rows)
-    for block in range(tl.program_id(0), tl.cdiv(total, BLOCK), tl.num_programs(0)):
+    for block in range(program, tl.cdiv(total, BLOCK), programs):
         position = block * BLOCK + tl.arange(0, BLOCK)
         mask = position < total
         record = tl.load(placed + position, mask=mask, other=0)
@@ -223,15 +222,12 @@ def _order_kernel(
         tl.store(shares + entry + 2, share, mask=mask)
 
 
-@LaunchedKernel
 @triton.jit
-def _split_kernel(
-    begins, window_rows, window_positions, rows, windows,
-    COST: tl.constexpr, WINDOWS: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+def _split(
+    program, begins, window_rows, window_positions, rows, windows, COST: tl.constexpr, WINDOWS: tl.constexpr
+):
     """Where windows of equal work begin: in which row, at which record. A row costs 1 to write, a record COST."""
-    wait_for_kernel_before(OVERLAP)
-    window = tl.program_id(0) * WINDOWS + tl.arange(0, WINDOWS)[:, None]  # (WINDOWS, 1)
+    window = program * WINDOWS + tl.arange(0, WINDOWS)[:, None]  # (WINDOWS, 1)
     lane = tl.arange(0, 32)[None, :]
     work = rows + COST * tl.load(begins + rows).to(tl.int64)
     target = work * window // windows
@@ -251,6 +247,25 @@ def _split_kernel(
     position = tl.where(end - begin < _FEW, begin, tl.minimum(begin + skipped, end))
     tl.store(window_rows + window, low, mask=window <= windows)
     tl.store(window_positions + window, position, mask=window <= windows)
+
+
+@LaunchedKernel
+@triton.jit
+def _order_and_split_kernel(
+    spatial_shape, scale_start_index, location, begins, placed, ordered, shares, window_rows, window_positions, rows,
+    windows, pairs_of_sample, samples, map_rows, N: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
+    COST: tl.constexpr, WINDOWS: tl.constexpr, COMPUTE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Order the records of each row, and cut rows and records into windows: one launch for two things to do."""
+    wait_for_kernel_before(OVERLAP)
+    splitting = tl.cdiv(windows + 1, WINDOWS)
+    if tl.program_id(0) < splitting:
+        _split(tl.program_id(0), begins, window_rows, window_positions, rows, windows, COST, WINDOWS)
+    else:
+        _order(
+            tl.program_id(0) - splitting, tl.num_programs(0) - splitting, spatial_shape, scale_start_index, location,
+            begins, placed, ordered, shares, rows, pairs_of_sample, samples, map_rows, N, L, BLOCK, COMPUTE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -521,13 +536,11 @@ def deformable_aggregation_backward(
             _place_kernel[blocks](
                 *of_maps, location, begins, slots, placed, *sizes, BLOCK_L=block_l, BLOCK=32, **of_points, num_warps=2
             )
-            _order_kernel[(min(triton.cdiv(samples * of_sample, 128), 2048),)](
-                *of_maps, location, begins, placed, ordered, shares, rows, anchors * points * cameras, samples,
-                map_rows, BLOCK=128, **of_points,
+            ordering = min(triton.cdiv(samples * of_sample, 128), 2048)
+            _order_and_split_kernel[(triton.cdiv(windows + 1, 4) + ordering,)](
+                *of_maps, location, begins, placed, ordered, shares, window_rows, window_positions, rows, windows,
+                anchors * points * cameras, samples, map_rows, BLOCK=128, COST=3, WINDOWS=4, **of_points,
             )  # fmt: skip
-            _split_kernel[(triton.cdiv(windows + 1, 4),)](
-                begins, window_rows, window_positions, rows, windows, COST=3, WINDOWS=4, **overlap
-            )
             _gather_kernel[(windows,)](
                 maps_here, grad_output[b:], weight, begins, ordered, shares, window_rows, window_positions,
                 grads_here, partial, along, across, samples, map_rows,

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from saccade.argument_checks import require_floating, require_integer, require_shape
 from saccade.caching import may_be_kept
-from saccade.registration import below_autograd, register, register_autograd
+from saccade.registration import Gradient, register, register_autograd
 from saccade.triton_dispatch import served_by_triton
 
 _Sizes = tuple[tuple[int, int], ...]  # (height, width) of each of the L maps of a camera
@@ -202,13 +201,12 @@ def _forward_fake(levels: int, feature_maps: Sequence[Tensor]) -> Tensor:
     return feature_maps[0].new_empty(batch, pixels, channels, dtype=dtype)
 
 
-class _FeatureMapsFormat(Function):
+class _FeatureMapsFormat(Gradient):
     @staticmethod
-    def forward(ctx: Any, levels: int, *feature_maps: Tensor) -> Tensor:
+    def save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
+        levels, *feature_maps = args
         ctx.cameras = cameras_of(levels, feature_maps)
         ctx.dtypes = [feature.dtype for feature in feature_maps]
-        with below_autograd():
-            return torch.ops.saccade.feature_maps_format(levels, feature_maps)
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:

@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from saccade.argument_checks import (
     require_bool,
@@ -19,7 +18,7 @@ from saccade.argument_checks import (
 )
 from saccade.focal_loss import reference
 from saccade.loss_reduction import AVG_FACTOR_EPS, checked_reduction, new_loss
-from saccade.registration import DirectCall, register, register_autograd, register_backward
+from saccade.registration import DirectCall, Gradient, register, register_autograd, register_backward
 from saccade.triton_dispatch import served_by_triton
 
 
@@ -276,13 +275,12 @@ def _sigmoid_backward_fake(
     return grad_logits, grad_weight
 
 
-class _SigmoidFocalLoss(Function):
+class _SigmoidFocalLoss(Gradient):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
+    def save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
         logits, target, weight, class_weight, *numbers, avg_factor, scale, eps = args
         ctx.save_for_backward(logits, target, weight, class_weight, avg_factor)
         ctx.numbers = numbers, scale, eps
-        return _call_sigmoid.below_autograd(*args)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -329,13 +327,12 @@ def _softmax_backward_fake(grad_output: Tensor, logits: Tensor, *_: Any) -> Tens
     return torch.empty_like(logits)
 
 
-class _SoftmaxFocalLoss(Function):
+class _SoftmaxFocalLoss(Gradient):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
+    def save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
         logits, target, class_weight, *numbers, avg_factor, scale, eps = args
         ctx.save_for_backward(logits, target, class_weight, avg_factor)
         ctx.numbers = numbers, scale, eps
-        return _call_softmax.below_autograd(*args)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:

@@ -45,15 +45,14 @@ from saccade.kernel_launch import (
 )
 from saccade.loss_reduction import new_loss, normalized
 from saccade.loss_reduction_kernels import (
-    IN_A_ROW,
     KEPT_LAUNCHES,
     MOST_BLOCKS,
-    MOST_PROGRAMS,
     as_numbers,
     factor_of_gradients,
     finish,
     offset_along_axes,
     scale_of,
+    summing_programs,
 )
 from saccade.memory_axes import memory_axes
 from saccade.precision import compute_dtype
@@ -238,32 +237,26 @@ def _loss_kernel(
     wait_for_kernel_before(OVERLAP)
     alpha, gamma = tl.full([], alpha, COMPUTE), tl.full([], gamma, COMPUTE)
     absent = 0.0 if ACTIVATED else float("-inf")  # where there is no element, a negative whose loss is exactly 0
-    programs = tl.num_programs(0)
-    IN_TURN: tl.constexpr = IN_A_ROW // AT_ONCE if BY_CLASS else IN_A_ROW  # tiles
-    total = tl.zeros([], tl.float64)
-    for start in range(tl.program_id(0), tiles, programs * IN_TURN):
-        sums = tl.zeros([1, BLOCK] if BY_CLASS else [BLOCK // VECTOR, VECTOR], COMPUTE)
-        for number in range(start, tl.minimum(start + programs * IN_TURN, tiles), programs):
-            place_of_tile, rows_exist, exists, rounds = _tile(number, rows, C, VECTOR, BY_CLASS, AT_ONCE, BLOCK, INDEX)
-            for of_round in range(rounds):
-                place = _of_round(place_of_tile, of_round, BY_CLASS)
-                at = _address(logits, place, sizes, logits_steps, False)
-                x = tl.load(at, mask=exists, other=absent).to(COMPUTE)
-                answer, factor = _target_and_factor(
-                    target, weight, class_weight, place, rows_exist, exists, sizes, target_steps, weight_steps, alpha,
-                    C, HAS_LABELS, WEIGHS_ROWS, HARD, BALANCED, COMPUTE,
-                )  # fmt: skip
-                loss = _element_loss(x, answer, gamma, GAMMA, HARD, ACTIVATED) * factor
-                if REDUCED:
-                    sums += loss
-                else:
-                    at = _address(output, place, sizes, output_steps, False)
-                    loss *= tl.full([], scale, COMPUTE)
-                    tl.store(at, loss.to(output.dtype.element_ty), mask=exists)
-        if REDUCED:
-            total += tl.sum(tl.sum(sums, 1), 0).to(tl.float64)
+    sums = tl.zeros([1, BLOCK] if BY_CLASS else [BLOCK // VECTOR, VECTOR], COMPUTE)
+    for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        place_of_tile, rows_exist, exists, rounds = _tile(number, rows, C, VECTOR, BY_CLASS, AT_ONCE, BLOCK, INDEX)
+        for of_round in range(rounds):
+            place = _of_round(place_of_tile, of_round, BY_CLASS)
+            at = _address(logits, place, sizes, logits_steps, False)
+            x = tl.load(at, mask=exists, other=absent).to(COMPUTE)
+            answer, factor = _target_and_factor(
+                target, weight, class_weight, place, rows_exist, exists, sizes, target_steps, weight_steps, alpha,
+                C, HAS_LABELS, WEIGHS_ROWS, HARD, BALANCED, COMPUTE,
+            )  # fmt: skip
+            loss = _element_loss(x, answer, gamma, GAMMA, HARD, ACTIVATED) * factor
+            if REDUCED:
+                sums += loss
+            else:
+                at = _address(output, place, sizes, output_steps, False)
+                loss *= tl.full([], scale, COMPUTE)
+                tl.store(at, loss.to(output.dtype.element_ty), mask=exists)
     if REDUCED:
-        tl.store(output + tl.program_id(0), total.to(COMPUTE))
+        tl.store(output + tl.program_id(0), tl.sum(tl.sum(sums, 1), 0))
 
 
 @LaunchedKernel
@@ -336,7 +329,7 @@ def _prepare(
     block, warps = (_SMALL_TILE, _WARPS) if elements < _FEW else _TILES[kernel is _loss_kernel, itemsize]
     at_once = min(classes, _CLASSES_AT_ONCE)
     tiles = triton.cdiv(rows, block) * triton.cdiv(classes, at_once) if by_class else triton.cdiv(elements, block)
-    programs = min(tiles, MOST_PROGRAMS if reduced else MOST_BLOCKS)
+    programs = summing_programs(tiles, at_once if by_class else 1) if reduced else min(tiles, MOST_BLOCKS)
     launch = kernel.prepare(
         (programs,),
         rows,

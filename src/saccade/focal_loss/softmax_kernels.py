@@ -11,13 +11,12 @@ from saccade.focal_term_kernels import constant_power, log1p, power_of
 from saccade.kernel_launch import TRITON_DTYPE, LaunchedKernel, on_device_of, overlapping, wait_for_kernel_before
 from saccade.loss_reduction import new_loss
 from saccade.loss_reduction_kernels import (
-    IN_A_ROW,
-    MOST_PROGRAMS,
     as_numbers,
     factor_of_gradients,
     finish,
     offset_along_axes,
     scale_of,
+    summing_programs,
 )
 from saccade.memory_axes import memory_axes
 from saccade.precision import compute_dtype
@@ -87,26 +86,21 @@ def _loss_kernel(
     """Losses of all rows; if REDUCED, a sum for each program."""
     wait_for_kernel_before(OVERLAP)
     gamma = tl.full([], gamma, COMPUTE)
-    programs = tl.num_programs(0)
-    total = tl.zeros([], tl.float64)
-    for start in range(tl.program_id(0), tiles, programs * IN_A_ROW):
-        sums = tl.zeros([BLOCK_R, 1], COMPUTE)
-        for number in range(start, tl.minimum(start + programs * IN_A_ROW, tiles), programs):
-            first, row, exists, _, _, is_class, factor, _, whole, others, log_pt = _rows_of_tile(
-                logits, target, class_weight, number, rows, sizes, logits_steps, target_steps, class_step, alpha,
-                C, BLOCK_R, BLOCK_C, COMPUTE,
-            )  # fmt: skip
-            loss = tl.where(is_class, factor * -log_pt * power_of(others / whole, gamma, GAMMA), 0.0)
-            if REDUCED:
-                sums += loss
-            else:
-                target_of_loss = output + offset_along_axes(first, row, sizes, output_steps)
-                loss *= tl.full([], scale, COMPUTE)
-                tl.store(target_of_loss, loss.to(output.dtype.element_ty), mask=exists)
+    sums = tl.zeros([BLOCK_R, 1], COMPUTE)
+    for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        first, row, exists, _, _, is_class, factor, _, whole, others, log_pt = _rows_of_tile(
+            logits, target, class_weight, number, rows, sizes, logits_steps, target_steps, class_step, alpha,
+            C, BLOCK_R, BLOCK_C, COMPUTE,
+        )  # fmt: skip
+        loss = tl.where(is_class, factor * -log_pt * power_of(others / whole, gamma, GAMMA), 0.0)
         if REDUCED:
-            total += tl.sum(tl.sum(sums, 1), 0).to(tl.float64)
+            sums += loss
+        else:
+            target_of_loss = output + offset_along_axes(first, row, sizes, output_steps)
+            loss *= tl.full([], scale, COMPUTE)
+            tl.store(target_of_loss, loss.to(output.dtype.element_ty), mask=exists)
     if REDUCED:
-        tl.store(output + tl.program_id(0), total.to(COMPUTE))
+        tl.store(output + tl.program_id(0), tl.sum(tl.sum(sums, 1), 0))
 
 
 @LaunchedKernel
@@ -179,7 +173,7 @@ def softmax_focal_loss(
     class_weight = None if class_weight is None else class_weight.contiguous()
     rows, constants = target.numel(), _constants(logits, gamma, kind)
     tiles = triton.cdiv(rows, constants["BLOCK_R"])
-    programs = min(tiles, MOST_PROGRAMS)
+    programs = summing_programs(tiles)
     losses = output if kind == "none" else logits.new_empty(programs, dtype=compute_dtype(logits))
     of_rows = [logits.stride()[:-1], target.stride(), output.stride() if kind == "none" else target.stride()]
     sizes, steps = memory_axes(target.shape, *of_rows)

@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from saccade.argument_checks import (
     require_constant,
@@ -16,7 +15,7 @@ from saccade.argument_checks import (
 from saccade.gaussian_focal_loss import reference
 from saccade.loss_reduction import AVG_FACTOR_EPS, Reduction, checked_reduction, new_loss
 from saccade.precision import compute_dtype
-from saccade.registration import DirectCall, register, register_autograd, register_backward
+from saccade.registration import DirectCall, Gradient, register, register_autograd, register_backward
 from saccade.triton_dispatch import served_by_triton
 
 
@@ -241,17 +240,16 @@ def _backward_fake(
     return grad_pred, grad_weight
 
 
-class _GaussianFocalLoss(Function):
+class _GaussianFocalLoss(Gradient):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        loss, num_pos = _call.below_autograd(*args)
+    def save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> None:
+        _, num_pos = result
         pred, target, weight, *numbers, kind, avg_factor, scale, eps = args
         if kind == "num_pos":
             kind, avg_factor = "mean", num_pos
         ctx.save_for_backward(pred, target, weight, avg_factor)
         ctx.numbers = numbers, kind, scale, eps
         ctx.mark_non_differentiable(num_pos)
-        return loss, num_pos
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:

@@ -27,15 +27,14 @@ from saccade.kernel_launch import (
 )
 from saccade.loss_reduction import new_loss, normalized
 from saccade.loss_reduction_kernels import (
-    IN_A_ROW,
     KEPT_LAUNCHES,
     MOST_BLOCKS,
-    MOST_PROGRAMS,
     as_numbers,
     factor_of_gradients,
     finish,
     offset_along_axes,
     scale_of,
+    summing_programs,
 )
 from saccade.memory_axes import memory_axes
 from saccade.precision import compute_dtype
@@ -130,33 +129,28 @@ def _loss_kernel(
     pos_weight, neg_weight = tl.full([], pos_weight, COMPUTE), tl.full([], neg_weight, COMPUTE)
     bound = tl.full([], bound, COMPUTE)
     within = tl.arange(0, BLOCK)
-    programs = tl.num_programs(0)
     # Where there is no element, a negative whose loss is exactly 0: if it is not clipped.
     absent = float("-inf") if WITH_LOGITS else 0.0
-    total = tl.zeros([], tl.float64)
+    sums = tl.zeros([BLOCK], COMPUTE)
     count = tl.zeros([BLOCK], tl.int32)
-    for start in range(tl.program_id(0), tiles, programs * IN_A_ROW):
-        sums = tl.zeros([BLOCK], COMPUTE)
-        for number in range(start, tl.minimum(start + programs * IN_A_ROW, tiles), programs):
-            first = tl.full([], number, tl.int64) * BLOCK
-            exists = within < tl.minimum(elements - first, BLOCK).to(tl.int32)
-            x = tl.load(_address(pred, first, within, sizes, pred_steps), mask=exists, other=absent).to(COMPUTE)
-            positive, factor = _positive_and_factor(
-                target, weight, first, within, exists, sizes, target_steps, weight_steps, gamma, pos_weight,
-                neg_weight, GAMMA, COMPUTE,
-            )  # fmt: skip
-            loss = _element_loss(x, positive, bound, alpha, ALPHA, WITH_LOGITS, CLIPPED) * factor
-            if REDUCED:
-                sums += loss if WITH_LOGITS and not CLIPPED else tl.where(exists, loss, 0.0)
-                count += positive.to(tl.int32)
-            else:
-                loss *= tl.full([], scale, COMPUTE)
-                at = _address(output, first, within, sizes, output_steps)
-                tl.store(at, loss.to(output.dtype.element_ty), mask=exists)
+    for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        first = tl.full([], number, tl.int64) * BLOCK
+        exists = within < tl.minimum(elements - first, BLOCK).to(tl.int32)
+        x = tl.load(_address(pred, first, within, sizes, pred_steps), mask=exists, other=absent).to(COMPUTE)
+        positive, factor = _positive_and_factor(
+            target, weight, first, within, exists, sizes, target_steps, weight_steps, gamma, pos_weight,
+            neg_weight, GAMMA, COMPUTE,
+        )  # fmt: skip
+        loss = _element_loss(x, positive, bound, alpha, ALPHA, WITH_LOGITS, CLIPPED) * factor
         if REDUCED:
-            total += tl.sum(sums, 0).to(tl.float64)
+            sums += loss if WITH_LOGITS and not CLIPPED else tl.where(exists, loss, 0.0)
+            count += positive.to(tl.int32)
+        else:
+            loss *= tl.full([], scale, COMPUTE)
+            at = _address(output, first, within, sizes, output_steps)
+            tl.store(at, loss.to(output.dtype.element_ty), mask=exists)
     if REDUCED:
-        tl.store(output + tl.program_id(0), total.to(COMPUTE))
+        tl.store(output + tl.program_id(0), tl.sum(sums, 0))
         if counts is not None:
             tl.store(counts + tl.program_id(0), tl.sum(count.to(tl.int64), 0))
 
@@ -219,7 +213,8 @@ def _prepare(
     steps = [None if of_tensor is None else next(axes) for of_tensor in strides]
     block = _SMALL_TILE if elements < _FEW else _TILE
     tiles = triton.cdiv(elements, block)
-    programs = min(tiles, MOST_PROGRAMS if constants["REDUCED"] and kernel is _loss_kernel else MOST_BLOCKS)
+    reduced = constants["REDUCED"] and kernel is _loss_kernel
+    programs = summing_programs(tiles) if reduced else min(tiles, MOST_BLOCKS)
     launch = kernel.prepare(
         (programs,),
         elements,
