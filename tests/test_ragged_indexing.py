@@ -257,7 +257,11 @@ def test_the_mask_is_that_of_the_model(problem):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_gradients_of_repeated_indices_are_added_as_pytorch_adds_them(device, dtype):
-    """In the order of the slots, every sum rounded to the dtype: in half precision the order can be told."""
+    """On the CPU that is in the order of the slots, every sum rounded to the dtype: in half precision it can be told.
+
+    PyTorch's own kernels for GPUs round half precision once or after each addition, as entries are narrow or wide.
+    Float32 and float64 may be added in any order.
+    """
     generator = torch.Generator().manual_seed(0)
     orders_differ = False
     for _ in range(20):
@@ -271,24 +275,26 @@ def test_gradients_of_repeated_indices_are_added_as_pytorch_adds_them(device, dt
         (gradient,) = torch.autograd.grad(result.tensor, data, incoming)
         sample = torch.arange(2, device=device)[:, None].expand_as(index)
         (expected,) = torch.autograd.grad(data[sample[used_slots], index[used_slots]], data, incoming[used_slots])
-        assert torch.equal(gradient, expected)
+        tolerance = 0 if dtype.itemsize == 2 or device == "cpu" else 1e-6
+        assert torch.allclose(gradient, expected, rtol=0, atol=tolerance)
         mapped = batched_index_mapping(
             data,
             RaggedBatch(garbage, sample_sizes=sizes),
             RaggedBatch(torch.arange(12, device=device).expand(2, 12), sample_sizes=sizes),
             torch.zeros(2, 12, 4, device=device, dtype=dtype),
         )
-        assert torch.equal(torch.autograd.grad(mapped, data, incoming)[0], expected)
+        (gradient,) = torch.autograd.grad(mapped, data, incoming)
+        assert torch.allclose(gradient, expected, rtol=0, atol=tolerance)
+        if device != "cpu":
+            continue
         in_order, reverse = torch.zeros_like(data), torch.zeros_like(data)
         for b, j in itertools.product(range(2), range(12)):
             for sums, slot in (in_order, j), (reverse, 11 - j):
                 if used_slots[b, slot]:
                     sums.data[b, index[b, slot]] += incoming[b, slot]
-        # Half precision alone is promised to be added in this order; of the others, a GPU may choose another one.
-        tolerance = 0 if dtype.itemsize == 2 or device == "cpu" else 1e-6
-        assert torch.allclose(gradient, in_order, rtol=0, atol=tolerance)
+        assert torch.equal(gradient, in_order)
         orders_differ |= not torch.equal(in_order, reverse)
-    assert orders_differ
+    assert orders_differ or device != "cpu"
 
 
 def test_of_repeated_targets_the_last_is_written_and_alone_gets_a_gradient(device):

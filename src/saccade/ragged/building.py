@@ -1,12 +1,14 @@
 """Building ragged batches from what a data loader delivers."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from saccade.argument_checks import InvalidArgumentError, InvalidStateError, require_tensor
+from saccade.ragged import operators
 from saccade.ragged.batch import RaggedBatch
 from saccade.ragged.masks import first_selected, kept_entries
 
@@ -66,8 +68,9 @@ def combine_data(
         raise TypeError(f"other_with_same_sample_sizes: expected a RaggedBatch or None, got {got}")
     leaves = _leaves(data_list, "data_list")
     batch_shape = [len(leaves)] if flatten_batch_dims else _nesting_shape(data_list, "data_list")
+    shapes = [leaf.shape for leaf in leaves]
     reference = next((leaf for leaf in leaves if leaf.numel()), leaves[0] if leaves else torch.empty(0))
-    width = max([0, *(leaf.shape[0] for leaf in leaves)])
+    width = max([0, *(shape[0] for shape in shapes)])
     if other_with_same_sample_sizes is not None and not flatten_batch_dims:
         if width > other_with_same_sample_sizes.max_sample_size:
             raise InvalidStateError(
@@ -76,26 +79,33 @@ def combine_data(
             )
         width = other_with_same_sample_sizes.max_sample_size
 
-    # One copy of everything, and one to the device, rather than one for each tensor.
-    target = reference.device if device is None else torch.device(device)
-    origins = {leaf.device for leaf in leaves}
-    padding = torch.zeros(
-        (width, *reference.shape[1:]), dtype=reference.dtype, device=origins.pop() if len(origins) == 1 else target
-    )
-    sizes, pieces = [], [padding[:0]]
-    for number, leaf in enumerate(leaves):
+    target = reference.device if device is None else torch.empty(0, device=device).device  # "cuda" with its number
+    trailing, dtype = reference.shape[1:], reference.dtype
+    sizes, pieces = [], []
+    for number, (leaf, shape) in enumerate(zip(leaves, shapes, strict=True)):
         if leaf.numel() == 0:
-            leaf = leaf.reshape(0, *reference.shape[1:])
-        elif leaf.shape[1:] != reference.shape[1:]:
+            leaf, shape = leaf.reshape(0, *trailing), (0, *trailing)
+        elif shape[1:] != trailing:
             raise InvalidStateError(
-                f"data_list: expected tensors of shape (n, {', '.join(map(str, reference.shape[1:]))}), got "
-                f"{tuple(leaf.shape)} as number {number}"
+                f"data_list: expected tensors of shape (n, {', '.join(map(str, trailing))}), got {tuple(shape)} as "
+                f"number {number}"
             )
-        sizes.append(leaf.shape[0])
-        pieces += [leaf.to(padding), padding[leaf.shape[0] :]]
+        sizes.append(shape[0])
+        pieces.append(leaf if leaf.dtype == dtype else leaf.to(dtype))
+    if len({leaf.device for leaf in leaves}) > 1:
+        pieces = [piece.to(target) for piece in pieces]
+    # One copy of everything, and one to the device, rather than one for each tensor.
     page_locked = target.type == "cuda" and not torch.compiler.is_compiling()
-    tensor = _end_to_end(pieces, page_locked and padding.device.type == "cpu")
-    tensor = tensor.view(*batch_shape, *padding.shape).to(target, non_blocking=tensor.device.type == "cpu")
+    if pieces and pieces[0].device == target and operators.serve(*pieces):
+        numbers = torch.tensor([sizes, [0, *accumulate(sizes[:-1])]], dtype=torch.int64, pin_memory=page_locked)
+        sample_sizes, begins = numbers.to(target, non_blocking=True)
+        tensor = operators.pad(torch.cat(pieces), begins, sample_sizes, width)
+    else:
+        sample_sizes = torch.tensor(sizes, dtype=torch.int64, pin_memory=page_locked)
+        tensor = _end_to_end(pieces, sizes, width, trailing, reference, page_locked)
+        tensor = tensor.to(target, non_blocking=tensor.device.type == "cpu")
+        sample_sizes = sample_sizes.to(target, non_blocking=True)
+    tensor = tensor.view(*batch_shape, width, *trailing)
     if other_with_same_sample_sizes is not None:
         other_shape = (*other_with_same_sample_sizes.batch_shape, other_with_same_sample_sizes.max_sample_size)
         if (*batch_shape, width) != other_shape:
@@ -104,17 +114,28 @@ def combine_data(
                 f"got {other_shape}"
             )
         return other_with_same_sample_sizes.create_with_sample_sizes_like_self(tensor, len(batch_shape))
-    sample_sizes = torch.tensor(sizes, dtype=torch.int64, pin_memory=page_locked).view(batch_shape)
-    return RaggedBatch(tensor, sample_sizes=sample_sizes.to(tensor.device, non_blocking=True))
+    return RaggedBatch(tensor, sample_sizes=sample_sizes.view(batch_shape))
 
 
-def _end_to_end(pieces: list[Tensor], page_locked: bool) -> Tensor:
-    """The concatenation; autograd has no page-locked one."""
-    if not page_locked or (torch.is_grad_enabled() and any(piece.requires_grad for piece in pieces)):
-        return torch.cat(pieces)
-    first = pieces[0]
-    shape = (sum(piece.shape[0] for piece in pieces), *first.shape[1:])
-    return torch.cat(pieces, out=torch.empty(shape, dtype=first.dtype, pin_memory=True))
+def _end_to_end(
+    pieces: list[Tensor],  # (n, *D) each
+    sizes: list[int],
+    width: int,
+    trailing: torch.Size,  # *D
+    reference: Tensor,
+    page_locked: bool,
+) -> Tensor:
+    """(S * N, *D) all samples, each padded with 0; autograd has no page-locked concatenation."""
+    like = pieces[0] if pieces else reference
+    padding = torch.zeros((width, *trailing), dtype=like.dtype, device=like.device)
+    padded = [part for piece, size in zip(pieces, sizes, strict=True) for part in (piece, padding[size:])]
+    if not padded:
+        return padding[:0]
+    needs_grad = torch.is_grad_enabled() and any(piece.requires_grad for piece in pieces)
+    if not page_locked or like.device.type != "cpu" or needs_grad:
+        return torch.cat(padded)
+    shape = (len(pieces) * width, *trailing)
+    return torch.cat(padded, out=torch.empty(shape, dtype=like.dtype, pin_memory=True))
 
 
 def get_compact_lists(mask: Tensor, data: Sequence[Any]) -> list[Any]:
@@ -192,15 +213,14 @@ def _leaves(data: Sequence[Any], name: str) -> list[Tensor]:
     """The tensors of nested sequences, depth first."""
     leaves: list[Tensor] = []
     for position, element in enumerate(data):
-        element_name = f"{name}[{position}]"
-        if _is_sequence(element):
-            leaves += _leaves(element, element_name)
-        elif not isinstance(element, Tensor):
-            raise InvalidArgumentError(f"{element_name}: expected a torch.Tensor, got {type(element).__name__}")
-        elif element.dim() == 0:
-            raise IndexError(f"{element_name}: expected a tensor with at least one dimension, got one without")
-        else:
+        if isinstance(element, Tensor):
+            if element.dim() == 0:
+                raise IndexError(f"{name}[{position}]: expected a tensor with at least one dimension, got one without")
             leaves.append(element)
+        elif _is_sequence(element):
+            leaves += _leaves(element, f"{name}[{position}]")
+        else:
+            raise InvalidArgumentError(f"{name}[{position}]: expected a torch.Tensor, got {type(element).__name__}")
     return leaves
 
 

@@ -2,15 +2,19 @@
 
 On a GPU nothing here waits for the device, so an index out of range is skipped there, unless ``saccade.debug_checks``
 asks to wait and raise. Compiled code skips it on every device. No memory is touched through such an index.
+
+On a GPU each of these functions calls an operator with a Triton kernel, ``batched_index_mapping`` two; on the CPU they
+are made of PyTorch's operators.
 """
 
 import torch
 from torch import Tensor
 
 from saccade.argument_checks import InvalidArgumentError, InvalidStateError, require_integer, require_tensor
+from saccade.ragged import operators
 from saccade.ragged.batch import RaggedBatch
-from saccade.ragged.faults import require_in_range
-from saccade.ragged.rows import fill, flatten_samples, gather_entries, place_of, put_entries
+from saccade.ragged.faults import require_in_range, values_may_be_read
+from saccade.ragged.rows import fill, flatten_samples, gather_entries, place_of, put_entries, resolved
 
 
 def batched_indexing_access(
@@ -22,8 +26,9 @@ def batched_indexing_access(
     """Gather the entries of each sample that its indices point to: ``result[b, j] = input_data[b, indices[b, j]]``.
 
     Slots behind a sample's number of indices hold ``filler_value``, whatever the indices there are. Repeated indices
-    are fine: their gradients are added in the order of the slots, each sum rounded to the dtype, as those of PyTorch's
-    advanced indexing are. A ragged batch as data is taken for its padded tensor.
+    are fine: their gradients are added, on a GPU in an order that does not change from run to run. In half precision
+    the sums are those that PyTorch's advanced indexing has on the same device: on the CPU they are rounded to the dtype
+    after each addition, in the order of the slots. A ragged batch as data is taken for its padded tensor.
 
     Args:
         input_data: (*B, W, *D) of any dtype.
@@ -58,9 +63,13 @@ def batched_indexing_access(
     _require_indices("input_indices", input_indices)
     dim = _dim_to_index_in(dim_to_index_in, input_indices)
     data = _padded("input_data", input_data, input_indices, dim)
-    used, index = _used("input_indices", input_indices, data.shape[1])
-    entries = gather_entries(data, index)
-    entries = fill(entries, ~used.view(*used.shape, *[1] * (entries.dim() - 2)), filler_value)
+    if operators.serve(data):
+        index, sizes = _for_operator("input_indices", input_indices, data.shape[1])
+        entries = operators.gather(data, index, sizes, filler_value)
+    else:
+        used, index = _used("input_indices", input_indices, data.shape[1])
+        entries = gather_entries(data, index)
+        entries = fill(entries, ~used.view(*used.shape, *[1] * (entries.dim() - 2)), filler_value)
     return input_indices.create_with_sample_sizes_like_self(_unpadded(entries, input_indices, dim), dim)
 
 
@@ -108,11 +117,9 @@ def batched_inverse_indexing_access(
     _require_count("output_num_targets", output_num_targets)
     data = _padded("input_data", input_data, output_indices, dim)
     data = _first_entries("input_data", data, output_indices)
-    used, index = _used("output_indices", output_indices, output_num_targets)
-    background = torch.full(
-        (data.shape[0], output_num_targets, *data.shape[2:]), filler_value, dtype=data.dtype, device=data.device
-    )
-    return _unpadded(put_entries(background, used, index, data), output_indices, dim)
+    background = torch.full((), filler_value, dtype=data.dtype, device=data.device)
+    background = background.expand(data.shape[0], output_num_targets, *data.shape[2:])
+    return _unpadded(_written("output_indices", output_indices, background, data), output_indices, dim)
 
 
 def batched_indexing_write(
@@ -160,8 +167,7 @@ def batched_indexing_write(
     data = _padded("to_write_into", to_write_into, output_indices, dim)
     _require_same_data_dims("to_write", entries, "to_write_into", data)
     entries = _first_entries("to_write", entries, output_indices)
-    used, index = _used("output_indices", output_indices, data.shape[1])
-    written = _unpadded(put_entries(data, used, index, entries), output_indices, dim)
+    written = _unpadded(_written("output_indices", output_indices, data, entries), output_indices, dim)
     if isinstance(to_write_into, RaggedBatch):
         return to_write_into.create_with_sample_sizes_like_self(written)
     return written
@@ -237,10 +243,16 @@ def batched_index_mapping(
     source = _padded("source_data", source_data, source_indices, source_dim)
     target = _padded("target_data", target_data, source_indices, target_dim)
     _require_same_data_dims("source_data", source, "target_data", target)
-    used, source_index = _used("source_indices", source_indices, source.shape[1])
-    used, target_index = _used("target_indices", target_indices, target.shape[1], used)
-    entries = gather_entries(source, source_index)
-    written = _unpadded(put_entries(target, used, target_index, entries), source_indices, target_dim)
+    if operators.serve(source, target):
+        source_index, sizes = _for_operator("source_indices", source_indices, source.shape[1])
+        target_index, sizes = _for_operator("target_indices", target_indices, target.shape[1], sizes)
+        entries = operators.gather(source, source_index, sizes, 0)
+        written = operators.put(target, entries, target_index, sizes, source_index, source.shape[1])
+    else:
+        used, source_index = _used("source_indices", source_indices, source.shape[1])
+        used, target_index = _used("target_indices", target_indices, target.shape[1], used)
+        written = put_entries(target, used, target_index, gather_entries(source, source_index))
+    written = _unpadded(written, source_indices, target_dim)
     if isinstance(target_data, RaggedBatch):
         return target_data.create_with_sample_sizes_like_self(written)
     return written
@@ -275,11 +287,38 @@ def get_mask_from_indices(mask_num_targets: int, indices: RaggedBatch) -> Tensor
     """
     _require_indices("indices", indices)
     _require_count("mask_num_targets", mask_num_targets)
+    if operators.serve(indices.tensor):
+        mask = operators.mark(*_for_operator("indices", indices, mask_num_targets), mask_num_targets)
+        return mask.reshape(*indices.batch_shape, mask_num_targets)
     used, index = _used("indices", indices, mask_num_targets)
     count = used.shape[0] * mask_num_targets
     mask = torch.zeros(count + 1, dtype=torch.bool, device=indices.device)
     mask = mask.scatter(0, place_of(used, index, mask_num_targets).flatten(), True)
     return mask[:count].view(*indices.batch_shape, mask_num_targets)
+
+
+def _written(name: str, indices: RaggedBatch, data: Tensor, entries: Tensor) -> Tensor:
+    """A copy of (S, W, *D) data with the entries (S, M, *D) written to it."""
+    if operators.serve(entries, data):
+        return operators.put(data, entries, *_for_operator(name, indices, data.shape[1]), None, 0)
+    return put_entries(data, *_used(name, indices, data.shape[1]), entries)
+
+
+def _for_operator(
+    name: str,
+    indices: RaggedBatch,  # (*B, M)
+    width: int,
+    sizes: Tensor | None = None,  # (S,), by default those of the indices
+) -> tuple[Tensor, Tensor]:
+    """The indices (S, M) and sizes (S,) as the operators take them."""
+    batch_dims = indices.num_batch_dims
+    index = flatten_samples(indices.tensor, batch_dims)
+    if sizes is None:
+        sizes = indices.sample_sizes if batch_dims == 1 else indices.sample_sizes.flatten()
+    if values_may_be_read(index):
+        within, in_range, _ = resolved(index, sizes, width)
+        require_in_range(name, index, within & ~in_range, width)
+    return index, sizes
 
 
 def _used(
@@ -289,12 +328,9 @@ def _used(
     used: Tensor | None = None,  # (S, M), by default those within the sizes
 ) -> tuple[Tensor, Tensor]:
     """Which slots are used, (S, M), and the indices counted from the front; 0 in slots that are not used."""
-    index = flatten_samples(indices.tensor, indices.num_batch_dims).long()
-    if used is None:
-        sizes = indices.sample_sizes.long().flatten()
-        used = torch.arange(index.shape[1], device=index.device) < sizes[:, None]
-    from_front = index.where(index >= 0, index + width)
-    in_range = (from_front >= 0) & (from_front < width)
+    index = flatten_samples(indices.tensor, indices.num_batch_dims)
+    within, in_range, from_front = resolved(index, indices.sample_sizes.flatten(), width)
+    used = within if used is None else used
     require_in_range(name, index, used & ~in_range, width)
     used = used & in_range
     return used, from_front.where(used, 0)
@@ -313,12 +349,15 @@ def _padded(name: str, data: Tensor | RaggedBatch, indices: RaggedBatch, dim: in
         )
     if dim >= tensor.dim():
         raise IndexError(f"dim_to_index_in: expected a dimension of {name}, which has {tensor.dim()}, got {dim}")
-    return flatten_samples(tensor.transpose(batch_dims, dim), batch_dims)
+    return flatten_samples(tensor if dim == batch_dims else tensor.transpose(batch_dims, dim), batch_dims)
 
 
 def _unpadded(tensor: Tensor, indices: RaggedBatch, dim: int) -> Tensor:
     """(S, W, *D) as (*B, ..., W, ...) with W at ``dim``."""
-    return tensor.reshape(*indices.batch_shape, *tensor.shape[1:]).transpose(indices.num_batch_dims, dim)
+    batch_dims = indices.num_batch_dims
+    if batch_dims > 1:
+        tensor = tensor.reshape(*indices.batch_shape, *tensor.shape[1:])
+    return tensor if dim == batch_dims else tensor.transpose(batch_dims, dim)
 
 
 def _first_entries(name: str, entries: Tensor, indices: RaggedBatch) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from saccade.argument_checks import InvalidArgumentError, InvalidStateError, require_tensor
 from saccade.ragged.batch import RaggedBatch
 from saccade.ragged.faults import values_may_be_read
-from saccade.ragged.rows import beside_entries, fill, flatten_samples, gather_distinct_entries
+from saccade.ragged.rows import beside_entries, fill, flatten_samples, gather_distinct_entries, pick
 
 
 def batched_bool_indexing(input_data: Tensor | RaggedBatch, input_mask: Tensor | RaggedBatch) -> RaggedBatch:
@@ -123,7 +123,7 @@ def batched_bool_indexing_write(
     rank = selected.cumsum(-1) - 1  # which of the selected entries each is
     written = selected & (rank < sizes[:, None])
     values = gather_distinct_entries(entries, rank.where(written, 0))
-    result = torch.where(beside_entries(written, 1, values.dim()), values, padded)
+    result = pick(beside_entries(written, 1, values.dim()), values, padded)
     result = result.reshape(*data.batch_shape, *result.shape[1:]).transpose(batch_dims, data.non_uniform_dim)
     return data.create_with_sample_sizes_like_self(result) if isinstance(to_write_into, RaggedBatch) else result
 

@@ -38,8 +38,19 @@ def fill(
     """A copy with ``value``, converted as PyTorch converts a scalar, wherever ``chosen``; no gradient from there."""
     if tensor.dtype not in _MOVED_AS:
         return tensor.masked_fill(chosen, value)
-    # torch.where takes every dtype, but promotes a Python number.
-    return torch.where(chosen, torch.full((), value, dtype=tensor.dtype, device=tensor.device), tensor)
+    # torch.where would promote a Python number.
+    return pick(chosen, torch.full((), value, dtype=tensor.dtype, device=tensor.device), tensor)
+
+
+def pick(
+    chosen: Tensor,  # bool
+    first: Tensor,
+    second: Tensor,  # of the same dtype
+) -> Tensor:
+    """``first`` where chosen and ``second`` elsewhere, broadcast to each other."""
+    if first.is_floating_point():  # torch.where takes 8-bit floats, and as such they keep their gradients
+        return torch.where(chosen, first, second)
+    return moved(torch.where(chosen, movable(first), movable(second)), first.dtype)
 
 
 def fill_in_place(tensor: Tensor, chosen: Tensor, value: float) -> None:
@@ -67,11 +78,14 @@ def gather_entries(
 ) -> Tensor:  # (S, K, *D)
     """Entries of each sample by index, which may repeat.
 
-    The gradient is that of PyTorch's advanced indexing: contributions to one entry are added in the order of k, each
-    sum rounded to the dtype.
+    The gradient is that of PyTorch's advanced indexing: on the CPU, contributions to one entry are added in the order
+    of k, each sum rounded to the dtype.
     """
     sample = torch.arange(index.shape[0], device=index.device)[:, None]
-    return _never_empty(data)[sample, index]
+    data = _never_empty(data)
+    if data.is_floating_point():  # PyTorch indexes 8-bit floats, and as such they keep their gradients
+        return data[sample, index]
+    return moved(movable(data)[sample, index], data.dtype)
 
 
 def gather_distinct_entries(
@@ -97,16 +111,52 @@ def put_entries(
 ) -> Tensor:  # (S, W, *D)
     """A copy with entries written to it. Of several to one place the last is written, and it alone gets a gradient."""
     samples, width = data.shape[:2]
-    rows = place_of(chosen, index, width)
-    slot = torch.arange(index.shape[1], device=index.device).expand_as(rows)
-    last = torch.full((samples * width + 1,), -1, device=rows.device)
-    last = last.scatter_reduce(0, rows.flatten(), slot.flatten(), "amax")
-    rows = rows.where(last[rows] == slot, samples * width)
+    rows = place_of(chosen & last_slots(chosen, index, width), index, width)
     # The row at the end takes what is not to be written, so that all is one copy. It is cut off again.
     flat = movable(data).reshape(samples * width, *data.shape[2:])
     flat = torch.cat([flat, flat.new_zeros(1, *data.shape[2:])])
-    flat.index_put_((rows.flatten(),), movable(entries).reshape(rows.numel(), *data.shape[2:]))
+    # Not in place, for torch.func.vmap over entries alone.
+    flat = flat.index_put((rows.flatten(),), movable(entries).reshape(rows.numel(), *data.shape[2:]))
     return moved(flat[: samples * width], data.dtype).view(data.shape)
+
+
+def sum_of_entries(
+    entries: Tensor,  # (S, M, *D)
+    chosen: Tensor,  # (S, M) bool: which entries count
+    index: Tensor,  # (S, M) int64 of what, in [0, W) where chosen
+    width: int,
+) -> Tensor:  # (S, W, *D)
+    """The gradient of ``gather_entries``, as if there were no entries but the chosen ones."""
+    samples = index.shape[0]
+    total = entries.new_zeros(samples * width + 1, *entries.shape[2:])
+    rows = place_of(chosen, index, width).flatten()
+    total.index_put_((rows,), entries.reshape(rows.numel(), *entries.shape[2:]), accumulate=True)
+    return total[: samples * width].view(samples, width, *entries.shape[2:])
+
+
+def last_slots(
+    chosen: Tensor,  # (S, M) bool
+    index: Tensor,  # (S, M) int64, in [0, W) where chosen
+    width: int,
+) -> Tensor:  # (S, M) bool
+    """Which of the chosen slots are the last ones with their index; anything for the others."""
+    rows = place_of(chosen, index, width)
+    slot = torch.arange(index.shape[1], device=index.device).expand_as(rows)
+    last = torch.full((index.shape[0] * width + 1,), -1, device=rows.device)
+    last = last.scatter_reduce(0, rows.flatten(), slot.flatten(), "amax")
+    return last[rows] == slot
+
+
+def resolved(
+    index: Tensor,  # (S, M) integer
+    sizes: Tensor,  # (S,) integer
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(S, M): which slots are within the sizes; which indices are in range; those counted from the front, int64."""
+    index = index.long()
+    within = torch.arange(index.shape[1], device=index.device) < sizes.long()[:, None]
+    from_front = index.where(index >= 0, index + width)
+    return within, (from_front >= 0) & (from_front < width), from_front
 
 
 def place_of(chosen: Tensor, index: Tensor, width: int) -> Tensor:
