@@ -5,7 +5,13 @@ from saccade.debug import debug_checks
 from saccade.deformable_aggregation import deformable_aggregation, feature_maps_format
 from saccade.focal_loss import sigmoid_focal_loss, softmax_focal_loss
 from saccade.gaussian_focal_loss import gaussian_focal_loss, gaussian_focal_loss_with_logits
-from saccade.gaussian_heatmap import draw_heatmap, draw_heatmap_batched, gaussian_radius
+from saccade.gaussian_heatmap import (
+    boxes_to_heatmap,
+    draw_heatmap,
+    draw_heatmap_batched,
+    gaussian_radius,
+    heatmap_targets,
+)
 from saccade.ragged import RaggedBatch
 
 __version__ = "0.1.0"
@@ -13,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RaggedBatch",
     "__version__",
+    "boxes_to_heatmap",
     "debug_checks",
     "deformable_aggregation",
     "draw_heatmap",
@@ -21,6 +28,7 @@ __all__ = [
     "gaussian_focal_loss",
     "gaussian_focal_loss_with_logits",
     "gaussian_radius",
+    "heatmap_targets",
     "nn",
     "ragged",
     "sigmoid_focal_loss",

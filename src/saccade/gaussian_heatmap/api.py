@@ -1,12 +1,15 @@
-"""The public functions: ``draw_heatmap`` and ``draw_heatmap_batched``."""
+"""The public functions: ``draw_heatmap``, ``draw_heatmap_batched``, ``heatmap_targets`` and ``boxes_to_heatmap``."""
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from saccade.argument_checks import (
     InvalidStateError,
+    require_constant,
+    require_floating,
     require_integer,
     require_number,
     require_same_device,
@@ -15,7 +18,11 @@ from saccade.argument_checks import (
 )
 from saccade.debug import debug_checks_enabled
 from saccade.gaussian_heatmap import reference
-from saccade.registration import register, register_in_place
+from saccade.gaussian_heatmap.radius import require_overlap
+from saccade.registration import DirectCall, register, register_in_place
+from saccade.triton_dispatch import served_by_triton
+
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
 
 def draw_heatmap(
@@ -31,7 +38,8 @@ def draw_heatmap(
     A target of radius r is a square window of 2r + 1 cells around its centre, cut to the map; the cell at offset
     (i, j) gets ``k_scale * exp(-(i**2 + j**2) / (2 * sigma**2))`` with ``sigma = (2r + 1) / diameter_to_sigma_factor``.
     The centre is exactly ``k_scale``. Maps are not cleared first, and neither the order of the targets nor that of two
-    calls matters: results are equal bit for bit.
+    calls matters: results are equal bit for bit. With two radii a target is an ellipse in a rectangle: each axis has a
+    sigma of its own, and the cell gets ``k_scale * exp(-(i / sigma_y)**2 / 2 - (j / sigma_x)**2 / 2)``.
 
     Letters: M targets, H map height, W map width.
 
@@ -39,7 +47,8 @@ def draw_heatmap(
         heatmaps: (maps, H, W) float32 or float64, contiguous; written to. (Half precision would round neighbours of a
             peak to 1, which losses take for further peaks.)
         centers: (M, 2) int32 or int64, (x, y) = (column, row). May lie off the map: what reaches into it is drawn.
-        radii: (M,) int32 or int64. 0 draws the centre alone, a negative radius nothing.
+        radii: (M,) int32 or int64, or (M, 2) with one along x and one along y. 0 draws the centre alone, a negative
+            radius nothing.
         heatmap_idxes: (M,) int32 or int64, the map of each target.
         diameter_to_sigma_factor: Greater than 0.
         k_scale: Height of the peaks.
@@ -51,7 +60,8 @@ def draw_heatmap(
         InvalidStateError: (a ``RuntimeError`` and ``ValueError``) the maps require grad.
 
     The targets of CornerNet (Law and Deng, 2018, https://arxiv.org/abs/1808.01244) and CenterNet (Zhou et al., 2019,
-    https://arxiv.org/abs/1904.07850).
+    https://arxiv.org/abs/1904.07850). Ellipses differ from those of mmdet3d, whose sigma is the integer
+    ``(2r + 1) // 6``: 0 for a radius of up to 2, which puts NaN into the map.
 
     Example:
         >>> import torch, saccade
@@ -66,14 +76,22 @@ def draw_heatmap(
     require_integer("centers", centers)
     require_integer("radii", radii)
     require_integer("heatmap_idxes", heatmap_idxes)
-    require_shape("heatmaps", heatmaps, "maps H W")
-    targets, _ = require_shape("centers", centers, "M 2")
-    require_shape("radii", radii, "M", M=targets)
-    require_shape("heatmap_idxes", heatmap_idxes, "M", M=targets)
-    require_same_device(heatmaps=heatmaps, centers=centers, radii=radii, heatmap_idxes=heatmap_idxes)
+    if heatmaps.ndim != 3:
+        require_shape("heatmaps", heatmaps, "maps H W")
+    of_centers = centers.shape
+    if len(of_centers) != 2 or of_centers[1] != 2:
+        require_shape("centers", centers, "M 2")
+    targets = of_centers[:1]
+    if radii.shape != targets and radii.shape != of_centers:
+        require_shape("radii", radii, "M" if radii.ndim < 2 else "M 2", M=targets[0])
+    if heatmap_idxes.shape != targets:
+        require_shape("heatmap_idxes", heatmap_idxes, "M", M=targets[0])
+    gpu = heatmaps.get_device()
+    if gpu < 0 or centers.get_device() != gpu or radii.get_device() != gpu or heatmap_idxes.get_device() != gpu:
+        require_same_device(heatmaps=heatmaps, centers=centers, radii=radii, heatmap_idxes=heatmap_idxes)
     diameter_to_sigma_factor = require_number("diameter_to_sigma_factor", diameter_to_sigma_factor, above=0)
-    k_scale = _require_k_scale(k_scale, heatmaps)
-    torch.ops.saccade.draw_heatmap(heatmaps, centers, radii, heatmap_idxes, diameter_to_sigma_factor, k_scale)
+    k_scale = _require_k_scale(k_scale, heatmaps.dtype)
+    _call_draw(heatmaps, centers, radii, heatmap_idxes, diameter_to_sigma_factor, k_scale)
 
 
 def draw_heatmap_batched(
@@ -96,7 +114,8 @@ def draw_heatmap_batched(
         heatmap: (B, H, W), or (B, C, H, W) with ``labels``; float32 or float64, contiguous; written to.
         centers: (B, M, 2) int32 or int64, (x, y) = (column, row). A ``RaggedBatch``, or any object with ``tensor`` and
             ``sample_sizes``, whose sizes say how many of the M slots hold a target; or that tensor, with ``counts``.
-        radii: (B, M) int32 or int64, likewise. Sizes of its own are ignored.
+        radii: (B, M) int32 or int64, or (B, M, 2) with one along x and one along y, likewise. Sizes of its own are
+            ignored.
         diameter_to_sigma_factor: Greater than 0.
         k_scale: Height of the peaks.
         labels: (B, M) int32 or int64 class of each target, likewise. Sizes of its own are ignored.
@@ -122,24 +141,168 @@ def draw_heatmap_batched(
                 [[1.0000, 0.1353, 0.0000, 0.0000, 0.0000]]])
     """
     _require_heatmap("heatmap", heatmap)
-    sizes = _sample_sizes(centers, counts)
-    centers, radii = _padded("centers", centers), _padded("radii", radii)
+    centers, sizes = _with_sizes("centers", centers, counts)
+    radii = _padded("radii", radii)
     if labels is not None:
         labels = _padded("labels", labels)
-    if heatmap.dim() == 3 and labels is not None:
-        raise ValueError(f"heatmap: expected shape (B, C, H, W) with labels, got {tuple(heatmap.shape)}; omit labels")
-    if heatmap.dim() == 4 and labels is None:
-        raise ValueError(f"heatmap: expected shape (B, H, W) without labels, got {tuple(heatmap.shape)}; pass labels")
-    batch, *_ = require_shape("heatmap", heatmap, "B H W" if labels is None else "B C H W")
-    _, slots, _ = require_shape("centers", centers, "B M 2", B=batch)
-    require_shape("radii", radii, "B M", B=batch, M=slots)
-    require_shape("counts", sizes, "B", B=batch)
-    if labels is not None:
-        require_shape("labels", labels, "B M", B=batch, M=slots)
-    require_same_device(heatmap=heatmap, centers=centers, radii=radii, counts=sizes, labels=labels)
+    shape = heatmap.shape
+    if len(shape) != (3 if labels is None else 4):
+        _raise_for_axes(heatmap, labels)
+    _require_targets(centers, radii, sizes, labels, shape[0])
+    if heatmap.get_device() < 0 or centers.get_device() != heatmap.get_device():
+        require_same_device(heatmap=heatmap, centers=centers)
     diameter_to_sigma_factor = require_number("diameter_to_sigma_factor", diameter_to_sigma_factor, above=0)
-    k_scale = _require_k_scale(k_scale, heatmap)
-    torch.ops.saccade.draw_heatmap_batched(heatmap, centers, radii, sizes, labels, diameter_to_sigma_factor, k_scale)
+    k_scale = _require_k_scale(k_scale, heatmap.dtype)
+    _call_draw_batched(heatmap, centers, radii, sizes, labels, diameter_to_sigma_factor, k_scale)
+
+
+def heatmap_targets(
+    centers: Any,
+    radii: Any,
+    size: tuple[int, int],
+    *,
+    labels: Any = None,
+    num_classes: int | None = None,
+    counts: Tensor | None = None,
+    diameter_to_sigma_factor: float = 6.0,
+    k_scale: float = 1.0,
+) -> Tensor:
+    """Maps of a batch of targets: ``draw_heatmap_batched`` into fresh ones that are 0 elsewhere.
+
+    Letters: B batch, M slots for targets of a sample, C classes, H map height, W map width.
+
+    Args:
+        centers: (B, M, 2) int32 or int64, (x, y) = (column, row). A ``RaggedBatch``, or any object with ``tensor`` and
+            ``sample_sizes``, whose sizes say how many of the M slots hold a target; or that tensor, with ``counts``.
+        radii: (B, M) int32 or int64, or (B, M, 2) with one along x and one along y, likewise. Sizes of its own are
+            ignored.
+        size: (H, W) of the maps.
+        labels: (B, M) int32 or int64 class of each target, likewise, with ``num_classes``. Sizes of its own are
+            ignored.
+        num_classes: C, with ``labels``.
+        counts: (B,) number of targets of each sample, of an integer dtype, where ``centers`` is a tensor. Counts
+            outside [0, M] are taken for the nearer of the two.
+        diameter_to_sigma_factor: Greater than 0.
+        k_scale: Height of the peaks.
+
+    Returns:
+        (B, H, W), or (B, C, H, W) with ``labels``; float32.
+
+    Raises:
+        TypeError: As ``draw_heatmap_batched``; or ``size`` or ``num_classes`` is not made of integers.
+        ValueError: As ``draw_heatmap_batched``; or a negative size, or ``num_classes`` is missing or superfluous.
+
+    Example:
+        >>> import torch, saccade
+        >>> centers = saccade.ragged.combine_data([torch.tensor([[1, 0], [3, 0]]), torch.tensor([[0, 0]])])
+        >>> radii = saccade.ragged.combine_data([torch.tensor([0, 1]), torch.tensor([1])], centers)
+        >>> saccade.heatmap_targets(centers, radii, (1, 5))
+        tensor([[[0.0000, 1.0000, 0.1353, 1.0000, 0.1353]],
+                [[1.0000, 0.1353, 0.0000, 0.0000, 0.0000]]])
+    """
+    centers, sizes = _with_sizes("centers", centers, counts)
+    radii = _padded("radii", radii)
+    if labels is not None:
+        labels = _padded("labels", labels)
+    _require_targets(centers, radii, sizes, labels, None)
+    shape = _map_shape(centers.shape[0], size, labels, num_classes)
+    diameter_to_sigma_factor = require_number("diameter_to_sigma_factor", diameter_to_sigma_factor, above=0)
+    k_scale = _require_k_scale(k_scale, torch.float32)
+    return _call_targets(centers, radii, sizes, labels, shape, diameter_to_sigma_factor, k_scale)
+
+
+def boxes_to_heatmap(
+    boxes: Any,
+    labels: Any,
+    size: tuple[int, int],
+    stride: float | tuple[float, float],
+    min_overlap: float,
+    radius: Literal["mmdet", "mmdet3d"],
+    *,
+    num_classes: int | None = None,
+    counts: Tensor | None = None,
+    min_radius: int = 0,
+    box_format: Literal["xyxy", "cxcywh"] = "xyxy",
+    origin: tuple[float, float] = (0.0, 0.0),
+    diameter_to_sigma_factor: float = 6.0,
+    k_scale: float = 1.0,
+) -> Tensor:
+    """Maps of the boxes of a batch: at the centre of each a Gaussian whose radius comes from the size of the box.
+
+    A box is drawn as ``heatmap_targets`` draws a target with these numbers, computed in float64 on the device of the
+    boxes, without waiting for it::
+
+        center = int((box_center - origin) / stride)  # cut off towards zero
+        radius = max(min_radius, int(gaussian_radius(box_size / stride, min_overlap, convention=radius)))
+
+    Skipped are boxes whose width or height is not positive, and those whose center, so cut off, is not on the map.
+
+    Letters: B batch, M slots for boxes of a sample, C classes, H map height, W map width.
+
+    Args:
+        boxes: (B, M, 4) floating point, in pixels or metres. A ``RaggedBatch``, or any object with ``tensor`` and
+            ``sample_sizes``, whose sizes say how many of the M slots hold a box; or that tensor, with ``counts``.
+        labels: (B, M) int32 or int64 class of each box, likewise, with ``num_classes``; or ``None`` for one map for
+            all. Sizes of its own are ignored.
+        size: (H, W) of the maps.
+        stride: Size of a cell, in the unit of the boxes; a pair if it is another along x than along y, in this order.
+        min_overlap: As in ``gaussian_radius``, in (0, 1].
+        radius: Convention of ``gaussian_radius``.
+        num_classes: C, with ``labels``.
+        counts: (B,) number of boxes of each sample, of an integer dtype, where ``boxes`` is a tensor. Counts outside
+            [0, M] are taken for the nearer of the two.
+        min_radius: Smallest radius, in cells.
+        box_format: ``"xyxy"``: two corners, the one with the smaller coordinates first; ``"cxcywh"``: centre, width
+            (along x) and height (along y).
+        origin: (x, y) of the corner of the map at cell 0, in the unit of the boxes.
+        diameter_to_sigma_factor: Greater than 0.
+        k_scale: Height of the peaks.
+
+    Returns:
+        (B, H, W), or (B, C, H, W) with ``labels``; float32.
+
+    Raises:
+        TypeError: An argument is neither a tensor nor a ragged batch, or not of a dtype or type as said above.
+        ValueError: Shapes or devices disagree, a number is out of range, ``counts`` or ``num_classes`` is missing or
+            superfluous, a ragged batch has several batch dimensions or another non-uniform dimension than 1, or
+            ``boxes`` require grad. On the CPU also a label outside [0, C) of a box that is not skipped; on a GPU such
+            a box is skipped, unless ``saccade.debug_checks`` is on.
+
+    As mmdet's ``CenterNetHead`` draws its targets (``radius="mmdet"``, ``min_overlap=0.3``), and mmdet3d's
+    ``CenterHead`` in bird's-eye view: there ``radius="mmdet3d"``, ``min_overlap=0.1``, ``min_radius=2``,
+    ``box_format="cxcywh"`` with ``boxes[..., [0, 1, 3, 4]]``, ``origin`` the start of the point cloud's range and
+    ``stride`` the size of a voxel times ``out_size_factor``. Both round to float32 in between, so that where a quotient
+    is next to a whole number they may come to the cell beside, or to a radius less or more by one.
+
+    Example:
+        >>> import torch, saccade
+        >>> boxes = torch.tensor([[[-8.0, -12.0, 24.0, 20.0], [12.0, 4.0, 20.0, 12.0]]])
+        >>> saccade.boxes_to_heatmap(boxes, None, (3, 5), 4, 0.3, "mmdet", counts=torch.tensor([2]))
+        tensor([[[0.0000, 0.0183, 0.1353, 0.0183, 0.0000],
+                 [0.0000, 0.1353, 1.0000, 0.1353, 0.0000],
+                 [0.0000, 0.0183, 0.1353, 0.0183, 1.0000]]])
+    """
+    boxes, sizes = _with_sizes("boxes", boxes, counts)
+    require_floating("boxes", boxes)
+    require_constant("boxes", boxes)
+    batch, slots, _ = require_shape("boxes", boxes, "B M 4")
+    if labels is not None:
+        labels = _padded("labels", labels)
+        require_integer("labels", labels)
+        require_shape("labels", labels, "B M", B=batch, M=slots)
+    require_shape("counts", sizes, "B", B=batch)
+    require_same_device(boxes=boxes, labels=labels, counts=sizes)
+    shape = _map_shape(batch, size, labels, num_classes)
+    strides = _pair("stride", stride if isinstance(stride, (tuple, list)) else (stride, stride), above=0)
+    min_overlap = require_overlap("radius", radius, min_overlap)
+    _require_whole("min_radius", min_radius)
+    if box_format not in ("xyxy", "cxcywh"):
+        raise ValueError(f"box_format: expected 'xyxy' or 'cxcywh', got {box_format!r}")
+    origin = _pair("origin", origin)
+    diameter_to_sigma_factor = require_number("diameter_to_sigma_factor", diameter_to_sigma_factor, above=0)
+    k_scale = _require_k_scale(k_scale, torch.float32)
+    numbers = min_overlap, radius, min_radius, diameter_to_sigma_factor, k_scale
+    return _call_boxes(boxes, sizes, labels, shape, box_format == "xyxy", origin, strides, *numbers)
 
 
 def _require_heatmap(name: str, heatmap: Any) -> None:
@@ -152,47 +315,118 @@ def _require_heatmap(name: str, heatmap: Any) -> None:
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {heatmap.stride()}")
 
 
-def _require_k_scale(k_scale: Any, heatmap: Tensor) -> float:
+def _require_k_scale(k_scale: Any, dtype: torch.dtype) -> float:
     """Check the height of peaks: finite, also in the dtype of the map."""
     k_scale = require_number("k_scale", k_scale)
-    if abs(k_scale) > torch.finfo(heatmap.dtype).max:
-        raise ValueError(f"k_scale: expected a finite number in {heatmap.dtype}, got {k_scale}")
+    if abs(k_scale) > _LARGEST[dtype]:
+        raise ValueError(f"k_scale: expected a finite number in {dtype}, got {k_scale}")
     return k_scale
 
 
-def _is_ragged(value: Any) -> bool:
-    return hasattr(value, "tensor") and hasattr(value, "sample_sizes")
+def _raise_for_axes(heatmap: Tensor, labels: Tensor | None) -> None:
+    axes = "B H W" if labels is None else "B C H W"
+    if heatmap.ndim in (3, 4):
+        expected = f"({axes.replace(' ', ', ')}) {'without' if labels is None else 'with'} labels"
+        cure = "pass labels" if labels is None else "omit labels"
+        raise ValueError(f"heatmap: expected shape {expected}, got {tuple(heatmap.shape)}; {cure}")
+    require_shape("heatmap", heatmap, axes)
 
 
-def _sample_sizes(centers: Any, counts: Any) -> Tensor:
-    """How many targets each sample has, from a ragged batch of centers or from ``counts``."""
-    if _is_ragged(centers):
+def _require_targets(
+    centers: Tensor,
+    radii: Tensor,
+    sizes: Tensor,
+    labels: Tensor | None,
+    batch: int | None,  # that of the map, if there is one
+) -> None:
+    """Check dtypes, shapes and devices: each in the cheapest way, and once more for the message if it is wrong."""
+    require_integer("centers", centers)
+    require_integer("radii", radii)
+    if labels is not None:
+        require_integer("labels", labels)
+    of_centers = centers.shape
+    if len(of_centers) != 3 or of_centers[2] != 2 or (batch is not None and of_centers[0] != batch):
+        require_shape("centers", centers, "B M 2", **({} if batch is None else {"B": batch}))
+    slots, gpu = of_centers[:2], centers.get_device()
+    letters = {"B": slots[0], "M": slots[1]}
+    if radii.shape != slots and radii.shape != of_centers:
+        require_shape("radii", radii, "B M" if radii.ndim < 3 else "B M 2", **letters)
+    if labels is not None and labels.shape != slots:
+        require_shape("labels", labels, "B M", **letters)
+    if sizes.shape != slots[:1]:
+        require_shape("counts", sizes, "B", B=slots[0])
+    is_elsewhere = radii.get_device() != gpu or sizes.get_device() != gpu
+    if gpu < 0 or is_elsewhere or (labels is not None and labels.get_device() != gpu):
+        require_same_device(centers=centers, radii=radii, counts=sizes, labels=labels)
+
+
+def _map_shape(batch: int, size: Any, labels: Tensor | None, num_classes: Any) -> list[int]:
+    """Shape of fresh maps."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise TypeError(f"size: expected a pair (height, width), got {size!r}")
+    if (num_classes is None) != (labels is None):
+        expected = "None without labels" if labels is None else "the number of classes with labels"
+        raise ValueError(f"num_classes: expected {expected}, got {num_classes}")
+    for number in size:
+        _require_whole("size", number)
+    if num_classes is None:
+        return [batch, *size]
+    _require_whole("num_classes", num_classes)
+    return [batch, num_classes, *size]
+
+
+def _require_whole(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name}: expected an int >= 0, got {value}")
+
+
+def _pair(name: str, values: Any, above: float = -math.inf) -> tuple[float, float]:
+    """Check two finite numbers, for x and y."""
+    if not isinstance(values, (tuple, list)) or len(values) != 2:
+        raise TypeError(f"{name}: expected a pair (x, y), got {values!r}")
+    x, y = (float(require_number(f"{name}[{axis}]", value, above=above)) for axis, value in enumerate(values))
+    return x, y
+
+
+def _with_sizes(name: str, value: Any, counts: Any) -> tuple[Tensor, Tensor]:
+    """The padded tensor, and how many of the slots of each sample are used: of a ragged batch, or as ``counts`` say."""
+    padded = _padded(name, value)
+    if padded is not value:
+        if not hasattr(value, "sample_sizes"):
+            raise _not_ragged(name, value)
         if counts is not None:
-            raise ValueError("counts: expected None with ragged centers, which have sample_sizes, got some")
-        name, counts = "centers.sample_sizes", centers.sample_sizes
+            raise ValueError(f"counts: expected None with ragged {name}, which have sample_sizes, got some")
+        name, counts = f"{name}.sample_sizes", value.sample_sizes
     elif counts is None:
-        raise ValueError("counts: expected the number of targets of each sample with a tensor of centers, got None")
+        raise ValueError(f"counts: expected the number of targets of each sample with a tensor of {name}, got None")
     else:
         name = "counts"
     require_tensor(name, counts)
-    if counts.dtype == torch.bool or counts.is_floating_point() or counts.is_complex():
-        raise TypeError(f"{name}: expected an integer dtype, got {counts.dtype}")
-    return counts
+    dtype = counts.dtype
+    if dtype != torch.int32 and (dtype == torch.bool or dtype.is_floating_point or dtype.is_complex):
+        raise TypeError(f"{name}: expected an integer dtype, got {dtype}")
+    return padded, counts
 
 
 def _padded(name: str, value: Any) -> Tensor:
-    """The integer tensor of a ragged batch, or the integer tensor itself."""
-    if _is_ragged(value):
-        dims = getattr(value, "num_batch_dims", 1), getattr(value, "non_uniform_dim", 1)
-        if dims != (1, 1):
-            raise ValueError(f"{name}: expected num_batch_dims 1 and non_uniform_dim 1, got {dims[0]} and {dims[1]}")
-        value = value.tensor
-    elif not isinstance(value, Tensor):
-        raise TypeError(
-            f"{name}: expected a torch.Tensor, or an object with tensor and sample_sizes, got {type(value).__name__}"
-        )
-    require_integer(name, value)
-    return value
+    """The tensor of a ragged batch, whose sizes are not looked at, or the tensor itself."""
+    if isinstance(value, Tensor):
+        return value
+    if not hasattr(value, "tensor"):
+        raise _not_ragged(name, value)
+    dims = getattr(value, "num_batch_dims", 1), getattr(value, "non_uniform_dim", 1)
+    if dims != (1, 1):
+        raise ValueError(f"{name}: expected num_batch_dims 1 and non_uniform_dim 1, got {dims[0]} and {dims[1]}")
+    require_tensor(f"{name}.tensor", value.tensor)
+    return value.tensor
+
+
+def _not_ragged(name: str, value: Any) -> TypeError:
+    return TypeError(
+        f"{name}: expected a torch.Tensor, or an object with tensor and sample_sizes, got {type(value).__name__}"
+    )
 
 
 def _check_maps(name: str, index: Tensor, drawn: Tensor, maps: int) -> None:
@@ -201,6 +435,19 @@ def _check_maps(name: str, index: Tensor, drawn: Tensor, maps: int) -> None:
     if outside.any():
         first = tuple(outside.nonzero()[0].tolist())
         raise ValueError(f"{name}: expected values in [0, {maps}), got {index[first]} at {list(first)}")
+
+
+def _faults_raise(tensor: Tensor) -> bool:
+    return not tensor.is_cuda or debug_checks_enabled()
+
+
+def _drawn(radii: Tensor, axes: int) -> Tensor:
+    """Which targets have no negative radius; ``axes`` is the number of axes of targets."""
+    return radii >= 0 if radii.dim() == axes else (radii >= 0).all(-1)
+
+
+def _check_labels(labels: Tensor, counts: Tensor, radii: Tensor, classes: int) -> None:
+    _check_maps("labels", labels, reference.valid_slots(counts, radii.shape[1]) & _drawn(radii, 2), classes)
 
 
 def _draw(
@@ -213,20 +460,14 @@ def _draw(
 ) -> None:
     if heatmaps.numel() == 0 or radii.numel() == 0:
         return
-    if heatmaps.device.type == "cpu" or debug_checks_enabled():
-        _check_maps("heatmap_idxes", heatmap_idxes, radii >= 0, heatmaps.shape[0])
-    reference.draw_heatmap(heatmaps, centers, radii, heatmap_idxes, diameter_to_sigma_factor, k_scale)
+    if _faults_raise(heatmaps):
+        _check_maps("heatmap_idxes", heatmap_idxes, _drawn(radii, 1), heatmaps.shape[0])
+    if served_by_triton(heatmaps):
+        from saccade.gaussian_heatmap import kernels
 
-
-def _draw_fake(
-    heatmaps: Tensor,
-    centers: Tensor,
-    radii: Tensor,
-    heatmap_idxes: Tensor,
-    diameter_to_sigma_factor: float,
-    k_scale: float,
-) -> None:
-    return None
+        kernels.draw_heatmap(heatmaps, centers, radii, heatmap_idxes, diameter_to_sigma_factor, k_scale)
+    else:
+        reference.draw_heatmap(heatmaps, centers, radii, heatmap_idxes, diameter_to_sigma_factor, k_scale)
 
 
 def _draw_batched(
@@ -237,25 +478,88 @@ def _draw_batched(
     labels: Tensor | None,
     diameter_to_sigma_factor: float,
     k_scale: float,
+    cleared: bool = False,  # the map is all zero
 ) -> None:
     if heatmap.numel() == 0 or radii.numel() == 0:
         return
-    if labels is not None and (heatmap.device.type == "cpu" or debug_checks_enabled()):
-        drawn = reference.valid_slots(counts, radii.shape[1]) & (radii >= 0)
-        _check_maps("labels", labels, drawn, heatmap.shape[1])
-    reference.draw_heatmap_batched(heatmap, centers, radii, counts, labels, diameter_to_sigma_factor, k_scale)
+    if labels is not None and _faults_raise(heatmap):
+        _check_labels(labels, counts, radii, heatmap.shape[1])
+    numbers = diameter_to_sigma_factor, k_scale
+    if served_by_triton(heatmap):
+        from saccade.gaussian_heatmap import kernels
+
+        kernels.draw_heatmap_batched(heatmap, centers, radii, counts, labels, *numbers, cleared)
+    else:
+        reference.draw_heatmap_batched(heatmap, centers, radii, counts, labels, *numbers)
 
 
-def _draw_batched_fake(
-    heatmap: Tensor,
+def _draw_fake(heatmaps: Tensor, *_: Any) -> None:
+    return None
+
+
+def _zeros(shape: list[int], targets: Tensor) -> Tensor:
+    """Fresh float32 maps on the device of targets."""
+    if served_by_triton(targets) and math.prod(shape):
+        from saccade.gaussian_heatmap import kernels
+
+        return kernels.zeros(shape, targets.device)
+    return torch.zeros(shape, dtype=torch.float32, device=targets.device)
+
+
+def _targets(
     centers: Tensor,
     radii: Tensor,
     counts: Tensor,
     labels: Tensor | None,
+    shape: list[int],
     diameter_to_sigma_factor: float,
     k_scale: float,
-) -> None:
-    return None
+) -> Tensor:
+    heatmap = _zeros(shape, centers)
+    _draw_batched(heatmap, centers, radii, counts, labels, diameter_to_sigma_factor, k_scale, True)
+    return heatmap
+
+
+def _targets_fake(
+    centers: Tensor, radii: Tensor, counts: Tensor, labels: Tensor | None, shape: list[int], *_: Any
+) -> Tensor:
+    return centers.new_empty(shape, dtype=torch.float32)
+
+
+def _boxes(
+    boxes: Tensor,
+    counts: Tensor,
+    labels: Tensor | None,
+    shape: list[int],
+    corners: bool,
+    origin: tuple[float, float],
+    stride: tuple[float, float],
+    min_overlap: float,
+    convention: str,
+    min_radius: int,
+    diameter_to_sigma_factor: float,
+    k_scale: float,
+) -> Tensor:
+    heatmap = _zeros(shape, boxes)
+    if heatmap.numel() == 0 or boxes.numel() == 0:
+        return heatmap
+    of_boxes = corners, origin, stride, min_overlap, convention, min_radius
+    numbers = diameter_to_sigma_factor, k_scale
+    if not served_by_triton(boxes) or _faults_raise(boxes):
+        centers, radii = reference.targets_of_boxes(boxes, (shape[-2], shape[-1]), *of_boxes)
+        if labels is not None and _faults_raise(boxes):
+            _check_labels(labels, counts, radii, shape[1])
+        if not served_by_triton(boxes):
+            reference.draw_heatmap_batched(heatmap, centers, radii, counts, labels, *numbers)
+            return heatmap
+    from saccade.gaussian_heatmap import kernels
+
+    kernels.draw_boxes(heatmap, boxes, counts, labels, *of_boxes, *numbers)
+    return heatmap
+
+
+def _boxes_fake(boxes: Tensor, counts: Tensor, labels: Tensor | None, shape: list[int], *_: Any) -> Tensor:
+    return boxes.new_empty(shape, dtype=torch.float32)
 
 
 register(
@@ -268,7 +572,24 @@ register(
     "draw_heatmap_batched(Tensor(a!) heatmap, Tensor centers, Tensor radii, Tensor counts, Tensor? labels, "
     "float diameter_to_sigma_factor, float k_scale) -> ()",
     _draw_batched,
-    _draw_batched_fake,
+    _draw_fake,
+)
+register(
+    "heatmap_targets(Tensor centers, Tensor radii, Tensor counts, Tensor? labels, SymInt[] shape, "
+    "float diameter_to_sigma_factor, float k_scale) -> Tensor",
+    _targets,
+    _targets_fake,
+)
+register(
+    "boxes_to_heatmap(Tensor boxes, Tensor counts, Tensor? labels, SymInt[] shape, bool corners, float[] origin, "
+    "float[] stride, float min_overlap, str convention, int min_radius, float diameter_to_sigma_factor, "
+    "float k_scale) -> Tensor",
+    _boxes,
+    _boxes_fake,
 )
 register_in_place("draw_heatmap", 0)
 register_in_place("draw_heatmap_batched", 0)
+_call_draw = DirectCall("draw_heatmap")
+_call_draw_batched = DirectCall("draw_heatmap_batched")
+_call_targets = DirectCall("heatmap_targets")
+_call_boxes = DirectCall("boxes_to_heatmap")

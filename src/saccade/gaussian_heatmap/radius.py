@@ -38,11 +38,7 @@ def gaussian_radius(det_size: Any, min_overlap: float, *, convention: Literal["m
         >>> round(saccade.gaussian_radius((10, 20), 0.7, convention="mmdet"), 4)
         1.0774
     """
-    if convention not in ("mmdet", "mmdet3d"):
-        raise ValueError(f"convention: expected 'mmdet' or 'mmdet3d', got {convention!r}")
-    min_overlap = require_number("min_overlap", min_overlap, above=0)
-    if min_overlap > 1:
-        raise ValueError(f"min_overlap: expected a number in (0, 1], got {min_overlap}")
+    min_overlap = require_overlap("convention", convention, min_overlap)
     if not isinstance(det_size, (tuple, list)) or len(det_size) != 2:
         raise TypeError(f"det_size: expected a pair (height, width), got {type(det_size).__name__}")
     for axis, size in enumerate(det_size):
@@ -53,13 +49,24 @@ def gaussian_radius(det_size: Any, min_overlap: float, *, convention: Literal["m
     height, width = det_size
     tensors = [size for size in det_size if isinstance(size, Tensor)]
     if not tensors:
-        return max(0.0, _radius(float(height), float(width), min_overlap, convention, math.sqrt))
+        return max(0.0, radius_of(float(height), float(width), min_overlap, convention, math.sqrt))
     dtype = compute_dtype(*tensors)
     height, width = (size.to(dtype).clamp(min=0) if isinstance(size, Tensor) else size for size in det_size)
-    return _radius(height, width, min_overlap, convention, torch.sqrt).clamp(min=0)
+    return radius_of(height, width, min_overlap, convention, torch.sqrt).clamp(min=0)
 
 
-def _radius(height: Any, width: Any, overlap: float, convention: str, sqrt: Callable[[Any], Any]) -> Any:
+def require_overlap(name: str, convention: Any, min_overlap: Any) -> float:
+    """Check a convention, which is the argument ``name``, and the overlap; return the latter."""
+    if convention not in ("mmdet", "mmdet3d"):
+        raise ValueError(f"{name}: expected 'mmdet' or 'mmdet3d', got {convention!r}")
+    min_overlap = require_number("min_overlap", min_overlap, above=0)
+    if min_overlap > 1:
+        raise ValueError(f"min_overlap: expected a number in (0, 1], got {min_overlap}")
+    return min_overlap
+
+
+def radius_of(height: Any, width: Any, overlap: float, convention: str, sqrt: Callable[[Any], Any]) -> Any:
+    """The formula, for numbers or tensors; rounding may make a radius of 0 negative."""
     total, area = height + width, height * width
     if convention == "mmdet3d":
         return sqrt((overlap * total) ** 2 + 4 * overlap * (1 - overlap) * area) - overlap * total

@@ -8,6 +8,8 @@ window.
 import torch
 from torch import Tensor
 
+from saccade.gaussian_heatmap.radius import radius_of
+
 # Coordinates and radii beyond this count as this, so that no sum or difference of two overflows int64.
 _LIMIT = 2**62 - 1
 
@@ -15,7 +17,7 @@ _LIMIT = 2**62 - 1
 def draw_heatmap(
     heatmaps: Tensor,  # (maps, H, W), contiguous
     centers: Tensor,  # (M, 2)
-    radii: Tensor,  # (M,)
+    radii: Tensor,  # (M,) or (M, 2)
     heatmap_idxes: Tensor,  # (M,), targets whose index is no map are skipped
     diameter_to_sigma_factor: float,
     k_scale: float,
@@ -25,15 +27,19 @@ def draw_heatmap(
     dtype = heatmaps.dtype
     heatmap_idxes = heatmap_idxes.long()
     x, y = centers.long().clamp(-_LIMIT, _LIMIT).unbind(-1)
-    radius = radii.long().clamp(-_LIMIT, _LIMIT)
-    top, left = (y - radius).clamp(min=0), (x - radius).clamp(min=0)
-    rows = ((y + radius).clamp(max=height - 1) - top + 1).clamp(min=0)
-    columns = ((x + radius).clamp(max=width - 1) - left + 1).clamp(min=0)
+    radii = radii.long().clamp(-_LIMIT, _LIMIT)
+    across, down = radii.unbind(-1) if radii.dim() == 2 else (radii, radii)
+    top, left = (y - down).clamp(min=0), (x - across).clamp(min=0)
+    rows = ((y + down).clamp(max=height - 1) - top + 1).clamp(min=0)
+    columns = ((x + across).clamp(max=width - 1) - left + 1).clamp(min=0)
     area = torch.where((heatmap_idxes >= 0) & (heatmap_idxes < maps), rows * columns, 0)
     end = area.cumsum(0)  # of each target's window in the list of cells
     start = end - area
     # 1 / sigma, kept finite so that the product with the centre's offset of 0 is 0.
-    sharpness = (diameter_to_sigma_factor / (2 * radius.to(dtype) + 1)).clamp(max=torch.finfo(dtype).max)
+    sharp_down, sharp_across = (
+        (diameter_to_sigma_factor / (2 * radius.to(dtype) + 1)).clamp(max=torch.finfo(dtype).max)
+        for radius in (down, across)
+    )
 
     if heatmaps.is_cuda:  # the number of cells is not known on the host: as many as there may be
         cells, block = len(radii) * height * width, 1 << 22
@@ -44,12 +50,12 @@ def draw_heatmap(
         target = torch.searchsorted(end, cell, right=True).clamp(max=len(radii) - 1)
         exists = cell < end[-1]
         offset = cell - start[target]
-        across = columns[target].clamp(min=1)
-        row, column = top[target] + offset // across, left[target] + offset % across
+        in_a_row = columns[target].clamp(min=1)
+        row, column = top[target] + offset // in_a_row, left[target] + offset % in_a_row
         position = (heatmap_idxes[target] * height + row) * width + column
-        down, right = (row - y[target]).to(dtype), (column - x[target]).to(dtype)
-        squared = (down * sharpness[target]).square() + (right * sharpness[target]).square()
-        value = k_scale * torch.exp(-0.5 * squared)
+        by_rows = (row - y[target]).to(dtype) * sharp_down[target]
+        by_columns = (column - x[target]).to(dtype) * sharp_across[target]
+        value = k_scale * torch.exp(-0.5 * (by_rows.square() + by_columns.square()))
         heatmaps.view(-1).scatter_reduce_(
             0,
             torch.where(exists, position, cell % heatmaps.numel()),
@@ -61,14 +67,14 @@ def draw_heatmap(
 def draw_heatmap_batched(
     heatmap: Tensor,  # (B, H, W), or (B, C, H, W) with labels; contiguous
     centers: Tensor,  # (B, M, 2)
-    radii: Tensor,  # (B, M)
+    radii: Tensor,  # (B, M) or (B, M, 2)
     counts: Tensor,  # (B,)
     labels: Tensor | None,  # (B, M), targets whose label is no class are skipped
     diameter_to_sigma_factor: float,
     k_scale: float,
 ) -> None:
     """See ``saccade.draw_heatmap_batched``."""
-    batch, slots = radii.shape
+    batch, slots = radii.shape[:2]
     drawn = valid_slots(counts, slots)
     heatmap_idxes = torch.arange(batch, device=heatmap.device)[:, None]
     if labels is not None:
@@ -78,11 +84,40 @@ def draw_heatmap_batched(
     draw_heatmap(
         heatmap.view(-1, *heatmap.shape[-2:]),
         centers.flatten(0, 1),
-        radii.flatten(),
+        radii.flatten(0, 1),
         torch.where(drawn, heatmap_idxes, -1).flatten(),
         diameter_to_sigma_factor,
         k_scale,
     )
+
+
+def targets_of_boxes(
+    boxes: Tensor,  # (..., 4)
+    size: tuple[int, int],  # (height, width) of the map
+    corners: bool,  # two corners, or else a centre and sizes
+    origin: tuple[float, float],  # (x, y)
+    stride: tuple[float, float],
+    min_overlap: float,
+    convention: str,
+    min_radius: int,
+) -> tuple[Tensor, Tensor]:
+    """Centres (..., 2) and radii (...) of boxes, int64; the radius is -1 where nothing is to be drawn."""
+    first_x, first_y, second_x, second_y = boxes.double().unbind(-1)
+    if corners:
+        center_x, center_y = (first_x + second_x) / 2, (first_y + second_y) / 2
+        width, height = second_x - first_x, second_y - first_y
+    else:
+        center_x, center_y, width, height = first_x, first_y, second_x, second_y
+    center_x, center_y = (center_x - origin[0]) / stride[0], (center_y - origin[1]) / stride[1]
+    width, height = width / stride[0], height / stride[1]
+    # Coordinates are cut off towards zero: what is a little outside on the left is in the first column.
+    drawn = (center_x > -1) & (center_x < size[1]) & (center_y > -1) & (center_y < size[0])
+    drawn = drawn & (width > 0) & (height > 0)
+    centers = torch.where(drawn[..., None], torch.stack([center_x, center_y], -1), 0.0).long()
+    # So that products of sizes are finite; no map is that large.
+    width, height = width.clamp(max=2.0**52), height.clamp(max=2.0**52)
+    radii = radius_of(height, width, min_overlap, convention, torch.sqrt).long().clamp(min=min_radius)
+    return centers, torch.where(drawn, radii, -1)
 
 
 def valid_slots(counts: Tensor, slots: int) -> Tensor:
