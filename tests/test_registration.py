@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saccade import registration
-from saccade.focal_loss import sigmoid_focal_loss
+from saccade.focal_loss import api, sigmoid_focal_loss
 
 OF_CPU_TENSORS = registration._keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
 
@@ -177,5 +177,8 @@ def test_compiled_and_faked(dispatched):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_ordinary_tensors_of_a_gpu_are_known():
     """Or the shorter way is not taken, and nothing but the time tells."""
-    assert registration._dispatcher_adds_nothing((torch.zeros(1, device="cuda"), None, 0.5))
-    assert not registration._dispatcher_adds_nothing((torch.zeros(1),))
+    call = api._call_softmax  # takes logits, labels, maybe class weights
+    numbers = (0.25, 2.0, "mean", None, 1.0, 0.0)
+    logits, labels = (value.cuda() for value in inputs())
+    assert call._can_be_direct((logits, labels, None, *numbers))
+    assert not call._can_be_direct((logits, labels.cpu(), None, *numbers))

@@ -5,6 +5,7 @@ about every pointer. Here is kept what the first launch of a kind came to, by as
 and the driver is given plain numbers.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
@@ -26,13 +27,24 @@ class _Compiled(NamedTuple):
     """What a launch of a compiled kernel takes, beside the values of its arguments."""
 
     run: Callable[..., None]
-    function: Any
-    metadata: Any
-    unused: tuple  # in place of the constants
+    before: tuple  # between the stream and the values
+    after: tuple  # in place of the constants
 
     def launch(self, grid: tuple[int, int, int], device: int, values: Sequence[Any]) -> None:
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        self.run(*grid, stream, self.function, self.metadata, None, None, None, *values, *self.unused)
+        self.run(*grid, torch._C._cuda_getCurrentRawStream(device), *self.before, *values, *self.after)
+
+
+def _compiled(kernel: Any, after: tuple) -> _Compiled:
+    run = kernel.run
+    before = kernel.function, kernel.packed_metadata, None, None, None  # neither launch metadata nor hooks
+    # Triton 3.6 has a Python function here, which makes room for kernels that ask for some and calls what launches.
+    parameters = [*inspect.signature(type(run).__call__).parameters]
+    if parameters == ["self", "gridX", "gridY", "gridZ", "stream", "function", "args"] and not (
+        run.global_scratch_size or run.profile_scratch_size
+    ):
+        options = run.launch_cooperative_grid, run.launch_pdl, None, None
+        return _Compiled(run.launch, (kernel.function, *options, *before[1:]), after)
+    return _Compiled(run, before, after)
 
 
 class LaunchedKernel:
@@ -77,7 +89,7 @@ class LaunchedKernel:
         if hasattr(kernel, "packed_metadata") and not torch.version.hip:
             unused = self.function.params[len(arguments) :]
             unused = tuple(constants.get(parameter.name, parameter.default) for parameter in unused)
-            self._compiled[kind] = _Compiled(kernel.run, kernel.function, kernel.packed_metadata, unused)
+            self._compiled[kind] = _compiled(kernel, unused)
         return None
 
 

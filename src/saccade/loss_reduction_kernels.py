@@ -45,8 +45,10 @@ def offset_along_axes(first, within, sizes, strides):
 
 @triton.jit
 def factor_of_gradients(grad_output, avg_factor, scale, eps, COMPUTE: tl.constexpr):
-    """What the gradients of all losses are multiplied by, if they are reduced to one."""
-    factor = tl.load(grad_output).to(COMPUTE) * tl.full([], scale, COMPUTE)
+    """What the gradients of all losses are multiplied by, if they are reduced to one; a missing `grad_output` is 1."""
+    factor = tl.full([], scale, COMPUTE)
+    if grad_output is not None:
+        factor *= tl.load(grad_output).to(COMPUTE)
     if avg_factor is not None:
         factor /= tl.load(avg_factor).to(COMPUTE) + tl.full([], eps, COMPUTE)
     return factor

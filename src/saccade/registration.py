@@ -24,6 +24,11 @@ class Gradient(Function):
     """How an operator is differentiated: ``backward``, and what it needs of the arguments and the result."""
 
     @staticmethod
+    def compute(ctx: Any, call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """The operator's result; ``call`` is its implementation, or goes through the dispatcher."""
+        return call(*args)
+
+    @staticmethod
     def save(ctx: Any, args: tuple[Any, ...], result: Any) -> None:
         """Keep what ``backward`` needs. Tensors of lists are arguments, and results, of their own."""
 
@@ -51,7 +56,7 @@ def _recorded(gradient: type[Gradient], call: Callable[..., Any]) -> type[Functi
     """A function that autograd records: ``call``, differentiated as ``gradient`` says."""
 
     def forward(ctx: Any, *args: Any) -> Any:
-        result = call(*args)
+        result = gradient.compute(ctx, call, args)
         gradient.save(ctx, args, result)
         return result
 

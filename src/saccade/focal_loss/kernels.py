@@ -226,16 +226,19 @@ def _target_and_factor(
 @LaunchedKernel
 @triton.jit(do_not_specialize=["tiles"])
 def _loss_kernel(
-    logits, target, weight, class_weight, output, alpha: tl.float64, gamma: tl.float64, scale: tl.float64,
+    logits, target, weight, class_weight, output, grad_logits, avg_factor, alpha: tl.float64, gamma: tl.float64,
+    scale: tl.float64, eps: tl.float64,
     rows, tiles, sizes, logits_steps, target_steps, weight_steps, output_steps,
     C: tl.constexpr, GAMMA: tl.constexpr, HAS_LABELS: tl.constexpr, WEIGHS_ROWS: tl.constexpr, HARD: tl.constexpr,
     BALANCED: tl.constexpr, ACTIVATED: tl.constexpr, REDUCED: tl.constexpr, VECTOR: tl.constexpr,
     BY_CLASS: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Losses of all elements; if REDUCED, a sum for each program."""
+    """Losses of all elements; if REDUCED, a sum for each program, and the gradients if there is a place for them."""
     wait_for_kernel_before(OVERLAP)
     alpha, gamma = tl.full([], alpha, COMPUTE), tl.full([], gamma, COMPUTE)
+    if grad_logits is not None:
+        common = factor_of_gradients(None, avg_factor, scale, eps, COMPUTE)
     absent = 0.0 if ACTIVATED else float("-inf")  # where there is no element, a negative whose loss is exactly 0
     sums = tl.zeros([1, BLOCK] if BY_CLASS else [BLOCK // VECTOR, VECTOR], COMPUTE)
     for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -251,6 +254,10 @@ def _loss_kernel(
             loss = _element_loss(x, answer, gamma, GAMMA, HARD, ACTIVATED) * factor
             if REDUCED:
                 sums += loss
+                if grad_logits is not None:
+                    slope = _element_slope(x, answer, gamma, GAMMA, HARD, ACTIVATED) * factor * common
+                    at = _address(grad_logits, place, sizes, output_steps, False)
+                    tl.store(at, slope.to(grad_logits.dtype.element_ty), mask=exists)
             else:
                 at = _address(output, place, sizes, output_steps, False)
                 loss *= tl.full([], scale, COMPUTE)
@@ -395,17 +402,25 @@ def sigmoid_focal_loss(
     avg_factor: Tensor | None,
     scale: float,
     eps: float,
+    grad_logits: Tensor | None = None,  # (..., C)
 ) -> Tensor:  # (..., C), or reduced
-    """See ``saccade.sigmoid_focal_loss``; the last four arguments are those of ``saccade.loss_reduction.Reduction``."""
+    """See ``saccade.sigmoid_focal_loss``; ``kind`` to ``eps`` are those of ``saccade.loss_reduction.Reduction``.
+
+    With a reduced loss, its gradient is written to ``grad_logits``, if given.
+    """
     output = new_loss(logits, logits.shape, kind, avg_factor)
     with on_device_of(logits):
         if kind == "none":
             _write_losses(output, logits, target, weight, class_weight, alpha, gamma, activated, scale)
             return output
-        launch, programs = _launch_for(_loss_kernel, logits, target, weight, [None], alpha, gamma, activated, kind)
+        launch, programs = _launch_for(
+            _loss_kernel, logits, target, weight, [grad_logits], alpha, gamma, activated, kind
+        )
         sums = logits.new_empty(programs, dtype=output.dtype)
-        launch((logits, as_numbers(target), as_numbers(weight), _packed(class_weight), sums), alpha, gamma, scale)
-        finish(sums, None, output, None, avg_factor, scale_of(kind, avg_factor, scale, logits.numel()), eps)
+        of_all = scale_of(kind, avg_factor, scale, logits.numel())
+        tensors = as_numbers(target), as_numbers(weight), _packed(class_weight), sums, grad_logits
+        launch((logits, *tensors, None if grad_logits is None else avg_factor), alpha, gamma, of_all, eps)
+        finish(sums, None, output, None, avg_factor, of_all, eps)
     return output
 
 
@@ -426,7 +441,8 @@ def _write_losses(
 ) -> None:
     """Write unreduced losses, in the dtype of ``output``."""
     launch, _ = _launch_for(_loss_kernel, logits, target, weight, [output], alpha, gamma, activated, "none")
-    launch((logits, as_numbers(target), as_numbers(weight), _packed(class_weight), output), alpha, gamma, scale)
+    tensors = logits, as_numbers(target), as_numbers(weight), _packed(class_weight), output, None, None
+    launch(tensors, alpha, gamma, scale, 0.0)
 
 
 def sigmoid_focal_loss_backward(

@@ -22,7 +22,7 @@ from saccade.memory_axes import memory_axes
 from saccade.precision import compute_dtype
 
 # Classes of a row, and elements of all rows, that a program works on at a time.
-_MOST_CLASSES, _ELEMENTS = 1024, 2048
+_MOST_CLASSES, _ELEMENTS = 1024, 1024
 
 
 @triton.jit
