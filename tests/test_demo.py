@@ -288,7 +288,12 @@ runner = CliRunner()
 def test_options_reach_the_run(monkeypatch, tmp_path, arguments, amp, steps):
     """Also none at all, which is what `make demo` runs."""
     asked = []
-    monkeypatch.setattr("saccade.demo.run.run_demo", lambda options: asked.append(options))
+
+    def run(options):
+        asked.append(options)
+        return {"interrupted": False}
+
+    monkeypatch.setattr("saccade.demo.run.run_demo", run)
     monkeypatch.chdir(tmp_path)
     result = runner.invoke(app, ["demo", *arguments])
     assert result.exit_code == 0, result.output
@@ -430,8 +435,9 @@ def test_amp_alone_means_bfloat16(tmp_path):
 
 def test_help_tells_every_option():
     text = re.sub(r"\x1b\[[0-9;]*m", "", runner.invoke(app, ["demo", "--help"], terminal_width=200).output)
-    for option in ("--steps", "--seed", "--frame", "--device", "--amp", "--out", "--json"):
-        assert option in text
+    training = ("--batch", "--micro-batch", "--compile", "--deterministic", "--checkpoint-every", "--tensorboard")
+    for option in ("--steps", "--seed", "--frame", "--device", "--amp", "--out", "--json", "--checkpoint", *training):
+        assert f" {option} " in text
 
 
 def test_errors_of_the_library_are_demo_errors(tmp_path):
@@ -457,5 +463,6 @@ def test_bench_without_a_gpu_or_with_an_unknown_suite_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     result = runner.invoke(app, ["bench", "--only", "everything"])
     assert result.exit_code == 2
-    expected = "--only: expected one of aggregation, losses, or one of their workloads, got 'everything'"
+    suites = "aggregation, losses, heatmap, ragged"
+    expected = f"--only: expected one of {suites}, or one of their workloads, got 'everything'"
     assert result.stderr == f"saccade bench: {expected}\n"

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from saccade.demo import DemoError
+from saccade.demo import DemoError, SampleError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Fused PyTorch operators for training camera perception models."
@@ -40,10 +40,60 @@ def demo(
         Path | None,
         typer.Option(help="Train on a real frame: a directory with frame.json and the camera images.", metavar="DIR"),
     ] = None,
+    nuscenes: Annotated[
+        Path | None,
+        typer.Option(
+            help="Train on nuScenes: the folder with samples, maps and the tables; needs nuscenes-devkit.",
+            metavar="ROOT",
+        ),
+    ] = None,
+    version: Annotated[
+        str | None,
+        typer.Option(help="Of nuScenes: v1.0-mini, which is the default, or v1.0-trainval.", show_default=False),
+    ] = None,
+    scenes: Annotated[
+        str | None,
+        typer.Option(
+            help="Of nuScenes, to take no others; each remains in its official split.",
+            metavar="NAME,NAME...",
+            show_default=False,
+        ),
+    ] = None,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write what is found in the validation scenes there, as nuScenes' benchmark wants it; tell mAP, NDS.",
+            metavar="FILE",
+        ),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:1; by default the GPU if there is one.", show_default=False)
     ] = None,
     amp: Annotated[str, typer.Option(help="Mixed precision: off, bf16 or fp16; --amp alone means bf16.")] = "off",
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Scenes to a step, over all processes that torchrun starts; by default one each.", show_default=False
+        ),
+    ] = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Of these, scenes to one forward pass; by default all that a process has.", show_default=False
+        ),
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Train the model compiled by torch.compile.")] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Use PyTorch's deterministic algorithms: equal bits in every run.")
+    ] = False,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Save training there, and go on from there if the file exists.", metavar="FILE"),
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps from one saving to the next.", min=1)] = 50,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Log losses, speed and recall there for TensorBoard.", metavar="DIR")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where the pictures go.", metavar="DIR")] = Path("demo-output"),
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the closing table there, too.", metavar="FILE")
@@ -51,21 +101,54 @@ def demo(
 ) -> None:
     """Train a small sparse multi-camera detector from scratch, and show what it learnt.
 
-    Without --frame it learns from rendered scenes, a new one at every step, and is evaluated on others.
+    Without --frame and --nuscenes it learns from rendered scenes, a new one at every step, and is evaluated on others.
+    torchrun --nproc-per-node N -m saccade demo trains in N processes. Ctrl-C ends training early: what there is then is
+    saved, evaluated and drawn, and the status is 130; a second one ends at once.
     """
     import torch
 
+    from saccade.demo.distribution import Ranks
     from saccade.demo.run import DemoOptions, run_demo
 
+    ranks = Ranks.from_environment()
+    if ranks.index > 0:  # the first one writes
+        json_file = evaluate = None
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         require_writable(out, json_file)
-        report = run_demo(DemoOptions(steps, seed, frame, device, amp, out))
+        require_writable_file(evaluate, "--evaluate")
+        names = None if scenes is None else tuple(name.strip() for name in scenes.split(",") if name.strip())
+        report = run_demo(
+            DemoOptions(
+                steps=steps,
+                seed=seed,
+                frame=frame,
+                device=device,
+                amp=amp,
+                out=out,
+                nuscenes=nuscenes,
+                version=version,
+                scenes=names,
+                evaluate=evaluate,
+                batch=batch,
+                micro_batch=micro_batch,
+                compiled=compiled,
+                deterministic=deterministic,
+                checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every,
+                tensorboard=tensorboard,
+            )
+        )
     except DemoError as error:
-        print(f"saccade demo: {error}", file=sys.stderr)
+        if ranks.local_index == 0 or isinstance(error, SampleError):
+            print(f"saccade demo: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if report["interrupted"]:
+        raise typer.Exit(130)
 
 
 @app.command()
@@ -73,12 +156,20 @@ def bench(
     only: Annotated[
         str | None,
         typer.Option(
-            help="One suite, aggregation or losses, or one workload, such as aggregation/det-b1.", show_default=False
+            help="One suite, aggregation, losses, heatmap or ragged, or one workload, such as aggregation/det-b1.",
+            show_default=False,
         ),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Time Saccade alone, not what it is compared with; for development.")
     ] = False,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="With --only heatmap: accvlab runs the benchmark programs of ACCV-Lab in place of the workloads.",
+            show_default=False,
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None,
         typer.Option(
@@ -118,7 +209,8 @@ def bench(
             if not are_records(earlier):
                 raise DemoError(f"--json {json_file}: holds something else than records of an earlier run")
         # A file or a pipe is wide enough for the tables.
-        records = merged(earlier, run(only, Console(width=None if sys.stdout.isatty() else 180), quick))
+        console = Console(width=None if sys.stdout.isatty() else 180)
+        records = merged(earlier, run(only, console, quick, protocol))
     except (DemoError, UnknownWorkloadError) as error:
         print(f"saccade bench: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
@@ -152,17 +244,17 @@ def require_writable(out: Path, json_file: Path | None) -> None:
     require_writable_file(json_file)
 
 
-def require_writable_file(json_file: Path | None) -> None:
-    """See that what `--json` names can be written.
+def require_writable_file(file: Path | None, option: str = "--json") -> None:
+    """See that what an option names can be written.
 
     Raises:
         DemoError: It cannot.
     """
-    if json_file is not None:
-        is_new = not json_file.exists()
+    if file is not None:
+        is_new = not file.exists()
         try:
-            json_file.open("a").close()
+            file.open("a").close()
             if is_new:
-                json_file.unlink()
+                file.unlink()
         except OSError as error:
-            raise DemoError(f"--json {json_file}: cannot write this file ({error.strerror})") from error
+            raise DemoError(f"{option} {file}: cannot write this file ({error.strerror})") from error

@@ -3,3 +3,7 @@
 
 class DemoError(Exception):
     """The demo cannot do what was asked; the message is one line for its user."""
+
+
+class SampleError(DemoError):
+    """A sample cannot be made, of which processes that train on other samples know nothing."""

@@ -4,8 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -17,11 +16,15 @@ from rich.table import Table
 
 import saccade
 from saccade.demo import DemoError
-from saccade.demo.evaluation import MIN_SCORE, Counts
+from saccade.demo.checkpoint import Checkpoint, interrupt_noted
+from saccade.demo.distribution import Ranks, deterministic_algorithms
+from saccade.demo.evaluation import MIN_SCORE, Counts, Detections
+from saccade.demo.journal import Journal, require_tensorboard
 from saccade.demo.model import Detector, DetectorConfig
+from saccade.demo.nuscenes import NuScenesScenes
 from saccade.demo.plots import draw_birds_eye, draw_cameras, draw_heatmaps, draw_losses
 from saccade.demo.scene import IMAGE_WH
-from saccade.demo.train import RealFrame, RenderedScenes, Trainer, heatmap_target
+from saccade.demo.train import RealFrame, Recipe, RenderedScenes, Source, Trainer, heatmap_target
 from saccade.doctor import backend
 
 OPERATORS = ("deformable_aggregation", "focal_loss", "gaussian_focal_loss", "gaussian_heatmap")
@@ -29,6 +32,8 @@ HELD_OUT = 32
 LAST = 10
 """The last value of a loss is its mean over so many steps: a single one depends on its scene."""
 PICTURE_SCALE = 3
+WARM_UP = 10
+"""Steps that the throughput leaves out, if there are twice as many: the first ones compile and fill buffers."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,33 @@ class DemoOptions:
     amp: str
     out: Path
     held_out: int = HELD_OUT
+    nuscenes: Path | None = None
+    version: str | None = None
+    scenes: tuple[str, ...] | None = None
+    evaluate: Path | None = None
+    batch: int | None = None
+    micro_batch: int | None = None
+    compiled: bool = False
+    deterministic: bool = False
+    checkpoint: Path | None = None
+    checkpoint_every: int = 50
+    tensorboard: Path | None = None
+
+
+@dataclass
+class History:
+    """What a run, resumed or not, has seen so far."""
+
+    untrained: Counts
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    """Of each step."""
 
 
 def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, Any]:
     """Train, evaluate, draw, and print the closing table.
+
+    Under torchrun, all its processes train together; the first one saves, draws and prints.
 
     Returns:
         The closing table as JSON-ready values, loss curves included.
@@ -53,60 +81,87 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, 
     Raises:
         DemoError: An option cannot be fulfilled.
     """
-    console = console or Console()
-    steps = options.steps
-    if steps < 1:
-        raise DemoError(f"--steps: expected at least 1, got {steps}")
-    device = _checked_device(options.device, options.amp)
+    ranks = Ranks.from_environment()
+    console = console or Console(quiet=ranks.index > 0)
+    device = _checked_device(options.device, options.amp, ranks)
+    recipe = _checked_recipe(options, ranks)
+    with deterministic_algorithms(options.deterministic), ranks.joined(device):
+        return _run(options, recipe, device, ranks, console)
+
+
+def _run(options: DemoOptions, recipe: Recipe, device: torch.device, ranks: Ranks, console: Console) -> dict[str, Any]:
+    steps = recipe.steps
+    checkpoint = saved = None
+    if options.checkpoint is not None:
+        checkpoint = Checkpoint(options.checkpoint, _what_it_is(options, recipe))
+        saved = ranks.from_first(checkpoint.load)
     torch.manual_seed(options.seed)
-    with console.status("Rendering the held-out scenes" if options.frame is None else "Reading the frame"):
-        source = RenderedScenes(options.seed, options.held_out) if options.frame is None else RealFrame(options.frame)
+    source = _source(options, console)
     model = Detector(DetectorConfig(num_classes=len(source.class_names), num_cams=source.num_cams))
-    trainer = Trainer(source, model, device, options.amp)
-    trained_on = "rendered scenes" if options.frame is None else source.name
+    trainer = Trainer(source, model, device, recipe, ranks)
     console.print(
         f"Training a detector of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters from scratch "
-        f"on {trained_on}, on {options.device}."
+        f"on {source.trained_on}, on {options.device}" + (f" in {ranks.count} processes." if ranks.count > 1 else ".")
     )
 
     def evaluated(what: str, exchange_images: bool = False) -> Counts:
-        with _progress(console, what, len(source.held_out)) as (progress, task):
+        with _progress(console, what, len(range(ranks.index, len(source.held_out), ranks.count))) as (progress, task):
             return trainer.evaluate(exchange_images=exchange_images, done=lambda: progress.advance(task))
 
-    untrained = evaluated("Evaluating, untrained")
-    started = time.perf_counter()
-    losses: dict[str, list[float]] = {}
-    ends = [started]
-    with _progress(console, "Training", steps) as (progress, task):
-        for step in trainer.train(steps, options.seed):
-            ends.append(time.perf_counter())
-            for name, value in step.items():
-                losses.setdefault(name, []).append(value)
-            shown = "  ".join(f"{name} {mean(values[-LAST:]):.2f}" for name, values in losses.items())
-            progress.update(task, advance=1, note=shown)
-    seconds = ends[-1] - started
+    if saved is None:
+        history = History(evaluated("Evaluating, untrained"))
+    else:
+        history = _resumed(saved, trainer, checkpoint)
+        console.print(f"Resumed after {trainer.step} of {steps} steps.")
+    resumed_at = trainer.step
+    journal = Journal(options.tensorboard if ranks.index == 0 else None, resumed_at)
+    if saved is None:
+        journal.evaluation(0, "untrained", history.untrained)
+    _train(trainer, history, checkpoint, journal, options, console)
     trained = evaluated("Evaluating, trained")
     control = evaluated("Evaluating, images exchanged", exchange_images=True)
-    with console.status("Drawing pictures"):
-        pictures = _draw(trainer, options, losses)
+    journal.evaluation(trainer.step, "trained", trained)
+    journal.evaluation(trainer.step, "control", control)
+    journal.close()
+    pictures: list[Path] = []
+    benchmark = {}
+    if ranks.index == 0:
+        with console.status("Drawing pictures"):
+            pictures = _draw(trainer, options, history.losses)
+        if options.evaluate is not None and isinstance(source, NuScenesScenes):
+            benchmark = {"nuscenes": _benchmark(trainer, source, options.evaluate, console)}
 
     report = {
         "recall_at_2m": trained.recall,
         "precision": trained.precision,
-        "untrained_recall": untrained.recall,
+        "untrained_recall": history.untrained.recall,
         "control_recall": control.recall,
         "boxes": trained.boxes,
-        "samples": {"trained_on": steps if options.frame is None else 1, "evaluated_on": len(source.held_out)},
-        "source": "rendered scenes" if options.frame is None else str(options.frame),
-        "steps": steps,
-        "seconds": seconds,
-        "step_ms": 1e3 * median(end - begin for begin, end in pairwise(ends)),
+        "samples": {
+            "trained_on": min(trainer.step * recipe.batch, source.training_samples or math.inf),
+            "evaluated_on": len(source.held_out),
+        },
+        "source": str(options.nuscenes or options.frame or "rendered scenes"),
+        "trained_on": source.trained_on,
+        "evaluated_on": source.evaluated_on,
+        **benchmark,
+        "steps": trainer.step,
+        "interrupted": trainer.step < steps,
+        "resumed_at": resumed_at,
+        "seconds": sum(history.seconds),
+        "step_ms": 1e3 * median(history.seconds),
+        "scenes_per_second": _scenes_per_second(history.seconds[resumed_at:] or history.seconds, recipe.batch),
+        "batch": recipe.batch,
+        "micro_batch": recipe.micro_batch,
+        "ranks": ranks.count,
         "losses": {
             name: {"first": values[0], "last": mean(values[-LAST:]), "curve": [round(value, 5) for value in values]}
-            for name, values in losses.items()
+            for name, values in history.losses.items()
         },
         "device": str(device) if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})",
         "amp": options.amp,
+        "compiled": options.compiled,
+        "deterministic": options.deterministic,
         "seed": options.seed,
         "backends": {name: backend(name, device.type) for name in OPERATORS},
         "pictures": [str(picture) for picture in pictures],
@@ -116,7 +171,124 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, 
     return report
 
 
-def _checked_device(name: str, amp: str) -> torch.device:
+def _train(
+    trainer: Trainer,
+    history: History,
+    checkpoint: Checkpoint | None,
+    journal: Journal,
+    options: DemoOptions,
+    console: Console,
+) -> None:
+    """Make the steps that are left, or those until Ctrl-C."""
+    saved_at = trainer.step
+
+    def save() -> None:
+        nonlocal saved_at
+        if checkpoint is not None and trainer.ranks.index == 0 and saved_at < trainer.step:
+            checkpoint.save({"trainer": trainer.state_dict(), "history": asdict(history)})
+            saved_at = trainer.step
+            journal.flush()
+
+    def say() -> None:
+        console.print("Interrupted: this step is the last one. Ctrl-C again ends at once.")
+
+    with (
+        _progress(console, "Training", trainer.recipe.steps, trainer.step) as (progress, task),
+        interrupt_noted(say) as interrupted,
+    ):
+        before = time.perf_counter()
+        for losses in trainer.train(interrupted):
+            now = time.perf_counter()
+            history.seconds.append(now - before)
+            for name, value in losses.items():
+                history.losses.setdefault(name, []).append(value)
+            journal.step(trainer.step, losses, trainer.last_learning_rate, now - before)
+            before = now
+            shown = "  ".join(f"{name} {mean(values[-LAST:]):.2f}" for name, values in history.losses.items())
+            progress.update(task, advance=1, note=shown)
+            if trainer.step % options.checkpoint_every == 0:
+                save()
+        save()
+
+
+def _resumed(saved: dict[str, Any], trainer: Trainer, checkpoint: Checkpoint | None) -> History:
+    """Put the trainer where it was when it was saved."""
+    try:
+        trainer.load_state_dict(saved["trainer"])
+        history = dict(saved["history"])
+        return History(Counts(**history.pop("untrained")), **history)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise DemoError(f"--checkpoint {checkpoint and checkpoint.file}: is of another detector") from error
+
+
+def _what_it_is(options: DemoOptions, recipe: Recipe) -> dict[str, Any]:
+    """What the losses of a run depend on, by option."""
+    return {
+        "--steps": recipe.steps,
+        "--seed": recipe.seed,
+        "--batch": recipe.batch,
+        "--micro-batch": recipe.micro_batch,
+        "--amp": recipe.amp,
+        "--frame": options.frame and str(options.frame.resolve()),
+        "--nuscenes": options.nuscenes and str(options.nuscenes.resolve()),
+        "--version": options.version,
+        "--scenes": options.scenes and ",".join(options.scenes),
+    }
+
+
+def _scenes_per_second(seconds: list[float], batch: int) -> float:
+    steady = seconds[WARM_UP:] if len(seconds) >= 2 * WARM_UP else seconds
+    return batch * len(steady) / sum(steady)
+
+
+def _source(options: DemoOptions, console: Console) -> Source:
+    if options.nuscenes is None:
+        for option in ("version", "scenes", "evaluate"):
+            if getattr(options, option) is not None:
+                raise DemoError(f"--{option} needs --nuscenes")
+        if options.frame is None:
+            with console.status("Rendering the held-out scenes"):
+                return RenderedScenes(options.seed, options.held_out)
+        with console.status("Reading the frame"):
+            return RealFrame(options.frame)
+    if options.frame is not None:
+        raise DemoError("--frame and --nuscenes: expected one of them, got both")
+    with console.status("Reading the tables of nuScenes"):
+        return NuScenesScenes(options.nuscenes, options.version or "v1.0-mini", options.scenes, options.seed)
+
+
+def _benchmark(trainer: Trainer, source: NuScenesScenes, path: Path, console: Console) -> dict[str, Any]:
+    """Write what is detected in the held-out key frames to a file, and judge it as nuScenes does."""
+
+    def detections() -> Iterator[Detections]:
+        with _progress(console, "Writing the results", len(source.held_out)) as (progress, task):
+            for sample in source.held_out:
+                yield trainer.detect(sample)[0]
+                progress.advance(task)
+
+    source.write_results(path, detections())
+    with console.status("Evaluating as nuScenes does"):
+        metrics = source.official_metrics(path)
+    return {"results": str(path), "metrics": metrics}
+
+
+def _checked_recipe(options: DemoOptions, ranks: Ranks) -> Recipe:
+    batch = ranks.count if options.batch is None else options.batch
+    if options.steps < 1:
+        raise DemoError(f"--steps: expected at least 1, got {options.steps}")
+    if batch < 1 or batch % ranks.count:
+        expected = "at least 1" if ranks.count == 1 else f"a multiple of {ranks.count}, the number of processes"
+        raise DemoError(f"--batch: expected {expected}, got {batch}")
+    share = batch // ranks.count
+    micro_batch = share if options.micro_batch is None else options.micro_batch
+    if micro_batch < 1 or share % micro_batch:
+        raise DemoError(f"--micro-batch: expected a divisor of {share}, the scenes of a process, got {micro_batch}")
+    if options.tensorboard is not None:
+        require_tensorboard()
+    return Recipe(options.steps, options.seed, batch, micro_batch, options.amp, options.compiled)
+
+
+def _checked_device(name: str, amp: str, ranks: Ranks) -> torch.device:
     if amp not in ("off", "bf16", "fp16"):
         raise DemoError(f"--amp: expected off, bf16 or fp16, got {amp!r}")
     try:
@@ -130,13 +302,23 @@ def _checked_device(name: str, amp: str) -> torch.device:
             raise DemoError(f"--device {name}: torch {torch.__version__} finds no GPU; `saccade doctor` tells more")
         if (device.index or 0) >= torch.cuda.device_count():
             raise DemoError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+        if ranks.count > 1:
+            if device.index is not None:
+                raise DemoError(f"--device {name}: expected cpu or cuda, for every process takes a GPU of its own")
+            if ranks.local_count > torch.cuda.device_count():
+                raise DemoError(
+                    f"--device {name}: {ranks.local_count} processes want a GPU each, there are "
+                    f"{torch.cuda.device_count()}"
+                )
+            device = torch.device("cuda", ranks.local_index)
+            torch.cuda.set_device(device)
     elif amp == "fp16":
         raise DemoError("--amp fp16 needs a GPU; on the CPU use bf16")
     return device
 
 
 @contextmanager
-def _progress(console: Console, what: str, total: int) -> Iterator[tuple[Progress, Any]]:
+def _progress(console: Console, what: str, total: int, completed: int = 0) -> Iterator[tuple[Progress, Any]]:
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -147,7 +329,7 @@ def _progress(console: Console, what: str, total: int) -> Iterator[tuple[Progres
         console=console,
     )
     with progress:
-        yield progress, progress.add_task(what, total=total, note="")
+        yield progress, progress.add_task(what, total=total, completed=completed, note="")
 
 
 def _draw(trainer: Trainer, options: DemoOptions, losses: dict[str, list[float]]) -> list[Path]:
@@ -178,10 +360,7 @@ def _print_table(console: Console, report: dict[str, Any]) -> None:
     )
     table.add_column(style="bold")
     table.add_column()
-    scenes = report["samples"]
-    where = f"{report['boxes']} boxes in {scenes['evaluated_on']} " + (
-        "held-out scenes" if report["source"] == "rendered scenes" else "frame, the one it was trained on"
-    )
+    where = f"{report['boxes']} boxes in {report['evaluated_on']}"
     if report["boxes"]:
         table.add_row("recall at 2 m", f"[green]{report['recall_at_2m']:.3f}[/]  of {where}")
         table.add_row("precision", f"[green]{report['precision']:.3f}[/]  at scores from {MIN_SCORE}")
@@ -189,6 +368,12 @@ def _print_table(console: Console, report: dict[str, Any]) -> None:
         table.add_row("control recall", f"{report['control_recall']:.3f}  with the cameras' images exchanged")
     else:
         table.add_row("recall at 2 m", "there are no boxes to be found")
+    if "nuscenes" in report:
+        metrics = report["nuscenes"]["metrics"]
+        scores = "there are no boxes to be found"
+        if metrics is not None:
+            scores = f"mAP [green]{metrics['mAP']:.4f}[/]  NDS [green]{metrics['NDS']:.4f}[/]"
+        table.add_row("nuScenes", f"{scores}\nresults in {report['nuscenes']['results']}")
     table.add_section()
     for name, loss in report["losses"].items():
         style = "bold" if name == "total" else ""
@@ -197,10 +382,14 @@ def _print_table(console: Console, report: dict[str, Any]) -> None:
             f"{name} loss", f"[{style or 'none'}]{loss['first']:.3f} → {loss['last']:.3f}[/]  ({change:+.0%})"
         )
     table.add_section()
-    count = f"{scenes['trained_on']} scenes, each seen once" if report["source"] == "rendered scenes" else "one frame"
-    table.add_row("steps", f"{report['steps']} in {report['seconds']:.1f} s, on {count}")
-    table.add_row("step time", f"{report['step_ms']:.1f} ms (median)")
-    table.add_row("device", f"{report['device']}, mixed precision {report['amp']}, seed {report['seed']}")
+    interrupted = ", interrupted" if report["interrupted"] else ""
+    table.add_row("steps", f"{report['steps']} in {report['seconds']:.1f} s, on {report['trained_on']}{interrupted}")
+    table.add_row("step time", f"{report['step_ms']:.1f} ms (median), {report['scenes_per_second']:.1f} scenes/s")
+    how = [f"batch {report['batch']}", f"mixed precision {report['amp']}", f"seed {report['seed']}"]
+    how += [name for name in ("compiled", "deterministic") if report[name]]
+    table.add_row("training", ", ".join(how))
+    processes = f", one of {report['ranks']} processes" if report["ranks"] > 1 else ""
+    table.add_row("device", report["device"] + processes)
     table.add_row("operators", "\n".join(f"{name}: {by}" for name, by in report["backends"].items()))
     table.add_section()
     table.add_row("pictures", "\n".join(report["pictures"]))

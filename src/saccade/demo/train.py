@@ -1,20 +1,25 @@
 """Targets, losses, training and evaluation of the demo's detector."""
 
 import math
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 
 import saccade
-from saccade.demo import DemoError
+from saccade.demo import DemoError, SampleError
+from saccade.demo.ahead import made_ahead
+from saccade.demo.distribution import ALONE, Ranks
 from saccade.demo.evaluation import MAX_RANGE, Counts, Detections, match
 from saccade.demo.frame import load_frame
 from saccade.demo.geometry import Sample, box_corners, project, turned
@@ -39,6 +44,17 @@ def decode_boxes(anchors: np.ndarray) -> np.ndarray:
     )
 
 
+class Objects(NamedTuple):
+    """How many objects there are to learn from; losses are divided by these numbers."""
+
+    matched: int
+    """Boxes that get an anchor, with a given number of anchors."""
+    centers: int
+    """Centres of boxes in images."""
+    peaks: int
+    """Cells of heatmaps with a centre in them."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Samples as tensors. Letters: B batch, N cameras, M boxes of a sample or image."""
@@ -51,6 +67,13 @@ class Batch:
     radii: saccade.RaggedBatch  # (B * N, M) int32
     center_labels: saccade.RaggedBatch  # (B * N, M) int32
     lifts: saccade.RaggedBatch  # (B * N, M, 3)
+    num_centers: int
+    num_peaks: int
+
+    def objects(self, num_anchors: int) -> Objects:
+        """How many there are, counted without waiting for the device."""
+        boxes = (self.labels.tensor >= 0) & self.labels.mask
+        return Objects(int(boxes.sum(1).clamp(max=num_anchors).sum()), self.num_centers, self.num_peaks)
 
 
 def make_batch(samples: Sequence[Sample], device: torch.device, stride: int) -> Batch:
@@ -76,6 +99,8 @@ def make_batch(samples: Sequence[Sample], device: torch.device, stride: int) -> 
         radii=ragged(radii, cells).to(device),
         center_labels=ragged(labels, cells).to(device),
         lifts=ragged(lifts, cells).to(device),
+        num_centers=sum(map(len, centers)),
+        num_peaks=sum(len(np.unique(np.column_stack(c), axis=0)) for c in zip(centers, labels, strict=True)),
     )
 
 
@@ -131,15 +156,22 @@ class DetectionLoss(nn.Module):
         self.classification = FocalLoss(use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=2.0)
         self.register_buffer("box_weights", torch.tensor(self.BOX_WEIGHTS))
 
-    def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
-        """Losses by name, each summed over the decoder layers."""
-        target = heatmap_target(batch, output.heatmap.shape)
-        layers = [self._layer(*layer, batch) for layer in zip(output.logits, output.anchors, strict=True)]
-        classes, boxes = torch.stack([torch.stack(layer) for layer in layers]).sum(0)
-        heatmap = saccade.gaussian_focal_loss_with_logits(output.heatmap, target, avg_factor="num_pos")
-        return {"class": classes, "box": boxes, "heatmap": heatmap, "lift": self._lift(output.lift, batch)}
+    def forward(self, output: Output, batch: Batch, objects: Objects) -> dict[str, Tensor]:
+        """Losses by name, each summed over the decoder layers.
 
-    def _lift(self, lift: Tensor, batch: Batch) -> Tensor:
+        Args:
+            output: What the detector said about the batch.
+            batch: The batch.
+            objects: Of all batches whose losses are added; with it alone, its own.
+        """
+        target = heatmap_target(batch, output.heatmap.shape)
+        layers = [self._layer(*layer, batch, objects) for layer in zip(output.logits, output.anchors, strict=True)]
+        classes, boxes = torch.stack([torch.stack(layer) for layer in layers]).sum(0)
+        peaks = target.new_full((), max(objects.peaks, 1))
+        heatmap = saccade.gaussian_focal_loss_with_logits(output.heatmap, target, avg_factor=peaks)
+        return {"class": classes, "box": boxes, "heatmap": heatmap, "lift": self._lift(output.lift, batch, objects)}
+
+    def _lift(self, lift: Tensor, batch: Batch, objects: Objects) -> Tensor:
         mask = batch.centers.mask
         image = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
         cell, truth = batch.centers.tensor[mask].long(), batch.lifts.tensor[mask]
@@ -151,9 +183,9 @@ class DetectionLoss(nn.Module):
         picked = lift[image[:, None], :, row.clamp(0, height - 1), column.clamp(0, width - 1)]  # (objects, 9, 3)
         truth = torch.cat([truth[:, None, :2] - shift, truth[:, None, 2:].expand(-1, 9, 1)], -1)
         error = (picked - truth).abs() * inside[..., None]
-        return (error * error.new_tensor([0.5, 0.5, 4.0])).sum() / max(9 * len(error), 1)
+        return (error * error.new_tensor([0.5, 0.5, 4.0])).sum() / max(9 * objects.centers, 1)
 
-    def _layer(self, logits: Tensor, anchors: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _layer(self, logits: Tensor, anchors: Tensor, batch: Batch, objects: Objects) -> tuple[Tensor, Tensor]:
         batch_size, count = logits.shape[:2]
         # The assignment is made on the host: one copy of the predictions per layer.
         host_logits, host_anchors = logits.detach().cpu(), anchors.detach().cpu()
@@ -171,7 +203,7 @@ class DetectionLoss(nn.Module):
             true_boxes.append(boxes[labels >= 0][columns])
         device = logits.device
         index, truth = torch.cat(anchor_index).to(device), torch.cat(true_boxes).to(device)
-        positives = max(len(index), 1)
+        positives = max(objects.matched, 1)
         classes = self.classification(
             logits.flatten(0, 1),
             target.flatten().to(device),
@@ -222,10 +254,20 @@ class Source(Protocol):
     name: str
     class_names: tuple[str, ...]
     num_cams: int
-    held_out: list[Sample]
+    loaders: int
+    """How many processes may make samples to learn from, where there are as many cores."""
+    training_samples: int | None
+    """Different samples to learn from; None: without end."""
+    trained_on: str
+    evaluated_on: str
+
+    @property
+    def held_out(self) -> Sequence[Sample]:
+        """The samples for evaluation."""
+        ...
 
     def training(self, step: int) -> Sample:
-        """The sample to learn from at a step."""
+        """The sample to learn from at a step; the same whenever it is asked for. A step of B samples counts as B."""
         ...
 
     def shown(self, image_wh: tuple[int, int]) -> tuple[Sample, Sample]:
@@ -238,10 +280,14 @@ class RenderedScenes:
 
     class_names: tuple[str, ...] = CLASS_NAMES
     num_cams = len(CAMERA_NAMES)
+    loaders = 8
+    training_samples: int | None = None
+    trained_on = "rendered scenes, each seen once"
 
     def __init__(self, seed: int, held_out: int):
         self.seed = seed
         self.name = "held-out scene"
+        self.evaluated_on = f"{held_out} held-out scenes"
         self.held_out = [scene(seed, "held-out", index) for index in range(held_out)]
 
     def training(self, step: int) -> Sample:
@@ -256,9 +302,13 @@ class RenderedScenes:
 class RealFrame:
     """One frame from a directory, learnt by heart: it is what the detector is evaluated on, too."""
 
+    loaders = 1
+    training_samples: int | None = 1
+    evaluated_on = "one frame, which it was trained on"
+
     def __init__(self, directory: Path):
         self.directory = directory
-        self.name = f"frame {directory.resolve().name}"
+        self.name = self.trained_on = f"frame {directory.resolve().name}"
         sample = load_frame(directory)
         # Boxes that are not counted are not to be learnt either.
         far = np.hypot(sample.boxes[:, 0], sample.boxes[:, 1]) > MAX_RANGE
@@ -275,65 +325,172 @@ class RealFrame:
         return self.held_out[0], replace(load_frame(self.directory, image_wh), labels=self.held_out[0].labels)
 
 
-def _made_ahead(make: Callable[[int], Sample], count: int) -> Iterator[Sample]:
-    """Samples 0 to `count`, the next one being made while the last one is worked on."""
-    with ThreadPoolExecutor(max_workers=1) as worker:
-        upcoming = worker.submit(make, 0)
-        for index in range(1, count + 1):
-            sample = upcoming.result()
-            if index < count:
-                upcoming = worker.submit(make, index)
-            yield sample
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. The same recipe, source and model give the same losses."""
+
+    steps: int
+    seed: int = 0
+    batch: int = 1
+    """Samples of a step, in all processes together."""
+    micro_batch: int = 1
+    """Samples of a forward pass, over which batch normalization takes its statistics."""
+    amp: str = "off"
+    compiled: bool = False
+    learning_rate: float = 2e-3
+
+
+class _Stream(Dataset[list[Sample] | DemoError]):
+    """The samples of each step that fall to one process, turned."""
+
+    def __init__(self, source: Source, recipe: Recipe, ranks: Ranks):
+        self.source = source
+        self.batch = recipe.batch
+        self.share = recipe.batch // ranks.count
+        self.before = ranks.index * self.share
+        self.angles = np.random.default_rng([recipe.seed, 2]).uniform(-math.pi, math.pi, recipe.steps * recipe.batch)
+
+    def __getitem__(self, step: int) -> list[Sample] | DemoError:
+        first = step * self.batch + self.before
+        try:
+            # Which way the vehicle points must not matter: turn the coordinates under what the cameras see.
+            return [turned(self.source.training(i), self.angles[i]) for i in range(first, first + self.share)]
+        except DemoError as error:
+            return error  # raised here, it would reach the user wrapped in this process's traceback
+
+
+def _as_it_is(samples: Any) -> Any:
+    return samples
+
+
+def _leave_interrupts_to_the_trainer(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Trainer:
-    """A detector, and what is needed to train and evaluate it on one device."""
+    """A detector, and what is needed to train and evaluate it on one device, beside others if there are more ranks."""
 
-    def __init__(self, source: Source, model: Detector, device: torch.device, amp: str, *, learning_rate: float = 2e-3):
+    def __init__(self, source: Source, model: Detector, device: torch.device, recipe: Recipe, ranks: Ranks = ALONE):
         self.source = source
         self.device = device
-        self.amp = amp
-        self.learning_rate = learning_rate
+        self.recipe = recipe
+        self.ranks = ranks
+        self.step = 0
+        """Steps made so far."""
         self.model = model.to(device)
         self.loss = DetectionLoss(len(source.class_names)).to(device)
+        # For training alone: few evaluations are not worth another compilation.
+        self._trained: Any = torch.compile(self.model) if recipe.compiled else self.model
+        if ranks.count > 1:
+            self._trained = DistributedDataParallel(self._trained, gradient_as_bucket_view=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.learning_rate, weight_decay=1e-2)
+        warm_up = max(1, recipe.steps // 15)
+        decay = max(1, recipe.steps - warm_up)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            lambda i: min((i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(1, max(0, i - warm_up) / decay))),
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
+        self.last_learning_rate = 0.0
+        """That of the last step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training goes on from."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
 
     def _autocast(self) -> AbstractContextManager:
-        dtype = torch.float16 if self.amp == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.amp != "off")
+        dtype = torch.float16 if self.recipe.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.recipe.amp != "off")
 
-    def train(self, steps: int, seed: int) -> Iterator[dict[str, float]]:
-        """Train, telling the losses of every step by name, `total` among them."""
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate, weight_decay=1e-2)
-        warm_up = max(1, steps // 15)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda i: min(
-                (i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(1, max(0, i - warm_up) / max(1, steps - warm_up)))
-            ),
+    def _made_ahead(self) -> Iterator[list[Sample] | DemoError]:
+        """The samples of the steps to come, made by other processes."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        loader = DataLoader(
+            _Stream(self.source, self.recipe, self.ranks),
+            batch_size=None,
+            sampler=range(self.step, self.recipe.steps),
+            num_workers=max(1, min(self.source.loaders, cores // self.ranks.local_count - 1)),
+            collate_fn=_as_it_is,  # arrays go through pipes; tensors would need room in shared memory
+            worker_init_fn=_leave_interrupts_to_the_trainer,
+            generator=torch.Generator(),  # so that nothing is drawn from the generator of all
         )
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
-        angles = np.random.default_rng([seed, 2]).uniform(-math.pi, math.pi, steps)
-        self.model.train()
-        for step, sample in enumerate(_made_ahead(self.source.training, steps)):
-            # Which way the vehicle points must not matter: turn the coordinates under what the cameras see.
-            batch = make_batch([turned(sample, angles[step])], self.device, self.model.STRIDE)
-            with self._autocast():
-                output = self.model(batch.images, batch.projection)
-            losses = self.loss(output, batch)
-            total = torch.stack(list(losses.values())).sum()
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(total).backward()
-            scaler.unscale_(optimizer)
+        return iter(loader)
+
+    def train(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[dict[str, float]]:
+        """Train what is left of the steps, telling the losses of each by name, `total` among them.
+
+        Args:
+            stopped: Asked after every step whether to make it the last. One rank that says so stops all.
+        """
+        if self.step == self.recipe.steps:
+            return
+        for samples in self._made_ahead():
+            if isinstance(samples, DemoError):
+                raise SampleError(str(samples)) from samples
+            self.model.train()
+            self.optimizer.zero_grad(set_to_none=True)
+            losses = self._backward(samples)
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
-            scale = scaler.get_scale()
-            scaler.step(optimizer)
-            scaler.update()
-            if scaler.get_scale() >= scale:  # else the step was skipped, for float16 overflowed
-                schedule.step()
-            values = {name: value.item() for name, value in losses.items()} | {"total": total.item()}
-            if not math.isfinite(values["total"]):
-                raise DemoError(f"the loss is {values['total']} at step {step + 1} (with --amp {self.amp})")
-            yield values
+            scale = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.last_learning_rate = self.optimizer.param_groups[0]["lr"]
+            if self.scaler.get_scale() >= scale:  # else the step was skipped, for float16 overflowed
+                self.schedule.step()
+            self.step += 1
+            stop = torch.full((1,), float(stopped()), device=self.device)
+            *values, stop = self.ranks.sum(torch.cat([torch.stack(list(losses.values())), stop])).tolist()
+            if not math.isfinite(values[-1]):
+                raise DemoError(f"the loss is {values[-1]} at step {self.step} (with --amp {self.recipe.amp})")
+            yield dict(zip(losses, values, strict=True))
+            if stop:
+                return
+
+    def _backward(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Gradients of a step, from the samples of this rank and, by DistributedDataParallel, the others'.
+
+        Returns:
+            This rank's share of the losses.
+        """
+        size = self.recipe.micro_batch
+        batches = [
+            make_batch(samples[first : first + size], self.device, self.model.STRIDE)
+            for first in range(0, len(samples), size)
+        ]
+        counts = [batch.objects(self.model.config.num_anchors) for batch in batches]
+        objects = Objects(*self.ranks.sum(torch.tensor(counts).sum(0)).tolist())
+        told: dict[str, Tensor] = {}
+        for index, batch in enumerate(batches):
+            # Whatever the model draws depends on the samples alone: it is the same after resuming and with other ranks.
+            seed = [self.recipe.seed, 4, self.step, self.ranks.index * len(batches) + index]
+            torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+            last = index == len(batches) - 1
+            with nullcontext() if last or self.ranks.count == 1 else self._trained.no_sync():
+                with self._autocast():
+                    output = self._trained(batch.images, batch.projection)
+                losses = self.loss(output, batch, objects)
+                losses["total"] = torch.stack(list(losses.values())).sum()
+                # Objects are counted over all ranks, so the losses are to be added: of the ranks' gradients
+                # DistributedDataParallel takes the mean.
+                self.scaler.scale(losses["total"] * self.ranks.count).backward()
+            for name, loss in losses.items():
+                told[name] = told[name] + loss.detach() if name in told else loss.detach()
+        return told
 
     def detect(self, sample: Sample) -> tuple[Detections, Batch, Output]:
         """What the detector finds in a sample, with the batch made of it and the raw output."""
@@ -344,18 +501,21 @@ class Trainer:
         return decode(output)[0], batch, output
 
     def evaluate(self, *, exchange_images: bool = False, done: Callable[[], None] = lambda: None) -> Counts:
-        """Counts over all held-out samples.
+        """Counts over all held-out samples, of which every rank looks at its share.
 
         Args:
             exchange_images: Give every camera the image of its neighbour, but not its projection matrix.
             done: Called after each sample.
         """
+        self.ranks.copy_of_first(self.model.buffers())  # statistics of batch normalization differ a little
         counts = Counts()
-        for sample in self.source.held_out:
+        held_out = self.source.held_out
+        mine = range(self.ranks.index, len(held_out), self.ranks.count)
+        for sample in made_ahead(held_out.__getitem__, mine, self.source.loaders):
             seen = replace(sample, images=np.roll(sample.images, 1, axis=0)) if exchange_images else sample
             counts += match(self.detect(seen)[0], sample.boxes, sample.labels)
             done()
-        return counts
+        return Counts(*self.ranks.sum(torch.tensor(astuple(counts))).tolist())
 
     def counted(self, detections: Detections, sample: Sample) -> Counts:
         """How detections compare with the truth of a sample."""

@@ -1,0 +1,67 @@
+"""`saccade demo`, made small: tiny images, a tiny detector, no pictures. Run as a script, it takes the same options.
+
+Through the environment the script is told what is to go wrong: KILLED_AFTER a number of steps, as if the machine had
+lost its power, or FAILING_RANK of several.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from saccade.cli import app
+from saccade.demo import run
+from saccade.demo.geometry import Sample
+from saccade.demo.model import DetectorConfig
+from saccade.demo.scene import scene
+from saccade.demo.train import RenderedScenes, Trainer
+
+IMAGE_WH = (96, 32)
+
+
+class SmallScenes(RenderedScenes):
+    """Rendered scenes of few pixels."""
+
+    def __init__(self, seed: int, held_out: int):
+        super().__init__(seed, 0)
+        self.held_out = [scene(seed, "held-out", index, IMAGE_WH) for index in range(3)]
+
+    def training(self, step: int) -> Sample:
+        return scene(self.seed, "train", step, IMAGE_WH)
+
+
+small_config = partial(DetectorConfig, widths=(8, 16, 16), embed_dims=16, num_groups=2, num_anchors=16)
+
+
+def make_small(replace: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Replace what is large: with `setattr`, or a monkeypatch's."""
+    replace(run, "RenderedScenes", SmallScenes)
+    replace(run, "DetectorConfig", small_config)
+    replace(run, "_draw", lambda *_: [])
+
+
+def after_step(wanted: int, do: Callable[[], None], replace: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Do something once a step has been made, before it is told."""
+    train = Trainer.train
+
+    def train_and_do(self: Trainer, *args: Any) -> Iterator[dict[str, float]]:
+        for losses in train(self, *args):
+            if self.step == wanted:
+                do()
+            yield losses
+
+    replace(Trainer, "train", train_and_do)
+
+
+def fail() -> None:
+    raise RuntimeError("this rank was told to fail")
+
+
+if __name__ == "__main__":
+    make_small()
+    if "KILLED_AFTER" in os.environ:
+        after_step(int(os.environ["KILLED_AFTER"]), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if "FAILING_RANK" in os.environ and os.environ["FAILING_RANK"] == os.environ["RANK"]:
+        after_step(2, fail)
+    app(prog_name="saccade")

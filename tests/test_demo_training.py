@@ -1,0 +1,405 @@
+"""Training as people run it: resumed, interrupted, repeated to the bit, compiled, in several processes, logged."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from saccade.cli import app
+from saccade.demo import journal
+from saccade.demo.checkpoint import FORMAT
+from saccade.demo.distribution import Ranks
+from saccade.demo.model import Detector
+from saccade.demo.train import Recipe, Trainer, make_batch
+from small_demo import SmallScenes, after_step, make_small, small_config
+
+SCRIPT = Path(__file__).with_name("small_demo.py")
+GPUS = torch.cuda.device_count()
+PAIRS = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(GPUS < 2, reason="there are no two GPUs"))]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    make_small(monkeypatch.setattr)
+
+
+def demo(*options: Any) -> Any:
+    """Run the command in this process, on the CPU."""
+    return CliRunner().invoke(app, ["demo", "--device", "cpu", *map(str, options)])
+
+
+def script(*options: Any, ranks: int = 0, **environment: Any) -> subprocess.Popen:
+    """Start the command in a process of its own, or several under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    command = [sys.executable, *torchrun, str(SCRIPT), "demo", *map(str, options)]
+    # As many threads as here, since sums depend on it.
+    paths = os.pathsep.join(sys.path)
+    threads = str(torch.get_num_threads())
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": threads, **environment}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def saved(file: Path) -> dict[str, Any]:
+    return torch.load(file, weights_only=True)["state"]
+
+
+def assert_same_bits(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Two saved states have the same losses, weights and moments, step by step."""
+    assert one["history"]["losses"] == other["history"]["losses"]
+    assert one["trainer"]["step"] == other["trainer"]["step"]
+    for name, tensor in one["trainer"]["model"].items():
+        assert torch.equal(tensor, other["trainer"]["model"][name]), name
+    for index, moments in one["trainer"]["optimizer"]["state"].items():
+        for name, tensor in moments.items():
+            assert torch.equal(tensor, other["trainer"]["optimizer"]["state"][index][name]), (index, name)
+
+
+# ---- the same bits
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(GPUS < 1, reason="there is no GPU"))],
+)
+def test_deterministic_runs_have_the_same_bits(tmp_path, device):
+    """In processes of their own, for cuBLAS reads its setting when it is first used."""
+    files = [tmp_path / name for name in ("one.pt", "other.pt")]
+    options = ["--deterministic", "--device", device, "--steps", 12, "--batch", 2, "--out", tmp_path]
+    for process in [script(*options, "--checkpoint", file) for file in files]:
+        assert process.wait() == 0, process.communicate()
+    assert_same_bits(*map(saved, files))
+
+
+def test_deterministic_is_over_with_the_run(tmp_path, monkeypatch):
+    seen = []
+    after_step(1, lambda: seen.append(torch.are_deterministic_algorithms_enabled()), monkeypatch.setattr)
+    assert demo("--steps", 1, "--deterministic", "--out", tmp_path).exit_code == 0
+    assert demo("--steps", 1, "--out", tmp_path).exit_code == 0
+    assert seen == [True, False]
+
+
+# ---- stopped and resumed
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Seven steps, saved at the end."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch.setattr)
+        result = demo("--steps", 7, "--checkpoint", directory / "c.pt", "--out", directory)
+    assert result.exit_code == 0, result.output
+    return directory / "c.pt"
+
+
+def test_killed_and_resumed_is_as_if_undisturbed(tmp_path, undisturbed):
+    file, report = tmp_path / "c.pt", tmp_path / "r.json"
+    options = ["--steps", 7, "--checkpoint", file, "--checkpoint-every", 2, "--out", tmp_path]
+    process = script(*options, "--device", "cpu", KILLED_AFTER="5")
+    assert process.wait() == -signal.SIGKILL, process.communicate()
+    assert saved(file)["trainer"]["step"] == 4
+    result = demo(*options, "--json", report)
+    assert result.exit_code == 0, result.output
+    assert "Resumed after 4 of 7 steps" in result.output
+    assert_same_bits(saved(undisturbed), saved(file))
+    told = json.loads(report.read_text())
+    assert (told["steps"], told["resumed_at"], told["interrupted"]) == (7, 4, False)
+    assert len(told["losses"]["total"]["curve"]) == 7
+
+
+def test_a_finished_run_is_only_evaluated_again(tmp_path, undisturbed):
+    before = undisturbed.stat().st_mtime_ns
+    report = tmp_path / "r.json"
+    assert demo("--steps", 7, "--checkpoint", undisturbed, "--out", tmp_path, "--json", report).exit_code == 0
+    told = json.loads(report.read_text())
+    assert (told["steps"], told["resumed_at"]) == (7, 7)
+    assert told["scenes_per_second"] > 0
+    assert undisturbed.stat().st_mtime_ns == before
+
+
+def test_ctrl_c_saves_and_reports_and_can_be_resumed(tmp_path, monkeypatch, undisturbed):
+    file, report = tmp_path / "c.pt", tmp_path / "r.json"
+    options = ["--steps", 7, "--checkpoint", file, "--out", tmp_path, "--json", report]
+    with monkeypatch.context() as patch:
+        after_step(2, lambda: signal.raise_signal(signal.SIGINT), patch.setattr)
+        result = demo(*options)
+    assert result.exit_code == 130, result.output
+    assert "Interrupted" in result.output
+    assert "recall at 2 m" in result.output
+    told = json.loads(report.read_text())
+    # The step after which it came had been made; the one that was then begun is the last.
+    assert (told["steps"], told["interrupted"]) == (3, True)
+    assert saved(file)["trainer"]["step"] == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert demo(*options).exit_code == 0
+    assert_same_bits(saved(undisturbed), saved(file))
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path, monkeypatch):
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    after_step(2, twice, monkeypatch.setattr)
+    report = tmp_path / "r.json"
+    result = demo("--steps", 5, "--checkpoint", tmp_path / "c.pt", "--out", tmp_path, "--json", report)
+    assert result.exit_code == 130
+    assert not report.exists()
+    assert not (tmp_path / "c.pt").exists()
+
+
+# ---- checkpoints that are refused
+
+
+def refused(file: Path, message: str, *options: Any) -> None:
+    result = demo("--steps", 7, "--checkpoint", file, "--out", SCRIPT.parent, *options)
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("saccade demo: --checkpoint")
+    assert message in line
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_refused(tmp_path, undisturbed, share):
+    content = undisturbed.read_bytes()
+    file = tmp_path / "c.pt"
+    file.write_bytes(content[: int(share * len(content))])
+    refused(file, "is cut short or damaged")
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path, undisturbed):
+    content = bytearray(undisturbed.read_bytes())
+    middle = len(content) // 2
+    content[middle] ^= 1
+    file = tmp_path / "c.pt"
+    file.write_bytes(content)
+    refused(file, "is cut short or damaged")
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    file = tmp_path / "c.pt"
+    for content in (b"", b"something else\n", b"\x80\x02", bytes(1000)):
+        file.write_bytes(content)
+        refused(file, "is no checkpoint")
+        assert file.read_bytes() == content
+    for content in (torch.ones(3), {"model": {}}, {"format": FORMAT + "0", "run": {}, "state": {}}):
+        torch.save(content, file)
+        refused(file, "is no checkpoint")
+    refused(tmp_path, "cannot read")
+    refused(tmp_path / "nowhere" / "c.pt", "no directory")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", 8], "was made with --steps 7, not with --steps 8"),
+        (["--seed", 1], "was made with --seed 0, not with --seed 1"),
+        (["--batch", 2], "was made with --batch 1, not with --batch 2"),
+        (["--amp", "bf16"], "was made with --amp off, not with --amp bf16"),
+        (["--frame", "/f"], "was made without --frame, not with --frame /f"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(undisturbed, options, message):
+    refused(undisturbed, message, *options)
+
+
+def test_a_checkpoint_of_another_detector_is_refused(undisturbed, monkeypatch):
+    monkeypatch.setattr("saccade.demo.run.DetectorConfig", partial(small_config, num_layers=1))
+    refused(undisturbed, "is of another detector")
+
+
+def test_an_old_checkpoint_survives_a_failed_write(tmp_path, undisturbed, monkeypatch):
+    file = tmp_path / "c.pt"
+    file.write_bytes(undisturbed.read_bytes())
+    torch.save({**torch.load(file, weights_only=True), "state": at_step(saved(file), 3)}, file)
+    before = file.read_bytes()
+
+    def no_room(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_room)
+    refused(file, "No space left on device")
+    assert file.read_bytes() == before
+
+
+def at_step(state: dict[str, Any], step: int) -> dict[str, Any]:
+    return {**state, "trainer": {**state["trainer"], "step": step}}
+
+
+# ---- several processes
+
+
+def curves(file: Path) -> dict[str, torch.Tensor]:
+    losses = saved(file)["history"]["losses"]
+    assert set(losses) == {"class", "box", "heatmap", "lift", "total"}
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in losses.items()}
+
+
+@pytest.mark.parametrize("device", PAIRS)
+def test_two_ranks_train_like_one_process(tmp_path, device):
+    """Two ranks against one process with the same global batch: 20 steps of two scenes, each pass of one scene."""
+    options = ["--device", device, "--deterministic", "--steps", 20, "--batch", 2, "--micro-batch", 1]
+    one, two = tmp_path / "one.pt", tmp_path / "two.pt"
+    alone = script(*options, "--out", tmp_path, "--checkpoint", one)
+    report = tmp_path / "r.json"
+    together = script(*options, "--out", tmp_path, "--checkpoint", two, "--json", report, ranks=2)
+    output, errors = together.communicate()
+    assert together.returncode == 0, errors
+    assert alone.wait() == 0, alone.communicate()
+    assert output.count("What the detector learnt") == 1  # the first rank alone prints
+    expected = curves(one)
+    for name, curve in curves(two).items():
+        assert len(curve) == 20
+        # What a pass computes has the same bits wherever it runs, and two gradients have one sum. Without that, the
+        # choice of anchors and their assignment would make much of every rounding within few steps.
+        torch.testing.assert_close(curve, expected[name], rtol=0, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+    told = json.loads(report.read_text())
+    assert (told["ranks"], told["batch"], told["micro_batch"]) == (2, 2, 1)
+    assert told["boxes"] == 47  # of all three held-out scenes
+    assert told["scenes_per_second"] > 0
+
+
+def test_gradients_of_ranks_with_several_passes_are_those_of_one_process(tmp_path):
+    one, two = tmp_path / "one.pt", tmp_path / "two.pt"
+    options = ["--device", "cpu", "--steps", 1, "--batch", 4, "--micro-batch", 1, "--out", tmp_path]
+    together = script(*options, "--checkpoint", two, ranks=2)
+    assert demo(*options, "--checkpoint", one).exit_code == 0
+    assert together.wait() == 0, together.communicate()
+    # After one step the first moment is a tenth of the gradient.
+    moments = [
+        torch.cat([moment["exp_avg"].flatten() for moment in saved(file)["trainer"]["optimizer"]["state"].values()])
+        for file in (one, two)
+    ]
+    # Sums of float32 in another order.
+    torch.testing.assert_close(moments[1], moments[0], rtol=1e-4, atol=1e-6 * float(moments[0].abs().max()))
+
+
+@pytest.mark.parametrize("device", PAIRS)
+def test_a_rank_that_fails_ends_all(tmp_path, device):
+    process = script("--device", device, "--steps", 1000, "--out", tmp_path, ranks=2, FAILING_RANK="1")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "this rank was told to fail" in errors
+
+
+def test_what_is_refused_under_torchrun(tmp_path, monkeypatch):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    assert Ranks.from_environment() == Ranks(0, 2, 0, 2)
+    result = demo("--batch", 3, "--out", tmp_path)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "saccade demo: --batch: expected a multiple of 2, the number of processes, got 3\n",
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for device, message in [("cuda:0", "expected cpu or cuda"), ("cuda", "2 processes want a GPU each, there are 1")]:
+        result = CliRunner().invoke(app, ["demo", "--device", device, "--out", str(tmp_path)])
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+def test_a_step_of_several_scenes_adds_up(tmp_path):
+    """Two passes of one scene have the gradient of their common loss, apart from batch normalization."""
+    source = SmallScenes(0, 0)
+    torch.manual_seed(0)
+    trainer = Trainer(source, Detector(small_config(num_classes=4)), torch.device("cpu"), Recipe(1, batch=2))
+    samples = [source.training(0), source.training(1)]
+    trainer.model.eval()
+    losses = trainer._backward(samples)
+    gradients = [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
+    trainer.model.zero_grad()
+    batch = make_batch(samples, torch.device("cpu"), trainer.model.STRIDE)
+    expected = trainer.loss(trainer.model(batch.images, batch.projection), batch, batch.objects(16))
+    sum(expected.values()).backward()
+    for name, loss in expected.items():
+        torch.testing.assert_close(losses[name], loss.detach(), rtol=1e-5, atol=0)  # sums in another order
+    together = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    # Float32 sums in another order; a gradient is small beside the terms that it is the sum of.
+    scale = max(float(gradient.abs().max()) for gradient in gradients)
+    for gradient, other in zip(gradients, together, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5 * scale)
+
+
+def test_bad_batches_are_one_line(tmp_path):
+    for options, message in [
+        (["--batch", 0], "--batch: expected at least 1, got 0"),
+        (["--batch", 4, "--micro-batch", 3], "--micro-batch: expected a divisor of 4, the scenes of a process, got 3"),
+        (["--micro-batch", 0], "--micro-batch: expected a divisor of 1, the scenes of a process, got 0"),
+    ]:
+        result = demo("--out", tmp_path, *options)
+        assert (result.exit_code, result.stderr) == (2, f"saccade demo: {message}\n")
+
+
+# ---- compiled
+
+
+def test_the_compiled_model_is_one_graph_and_computes_the_same(monkeypatch):
+    """Traced with mixed precision and gradients, but not made into C++, which takes minutes."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        recipe = Recipe(3, amp="bf16", compiled=compiled)
+        trainer = Trainer(SmallScenes(0, 0), Detector(small_config(num_classes=4)), torch.device("cpu"), recipe)
+        losses.append([step["total"] for step in trainer.train()])
+    assert len(graphs) == 1  # of the whole model, and no other for the second step
+    # The same operators in the same order, but decomposed ones round in other places.
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-3)
+
+
+# ---- logged
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard_gets_losses_speed_and_recall(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logs, report = tmp_path / "logs", tmp_path / "r.json"
+    assert demo("--steps", 3, "--out", tmp_path, "--tensorboard", logs, "--json", report).exit_code == 0
+    events = EventAccumulator(str(logs))
+    events.Reload()
+    losses = json.loads(report.read_text())["losses"]
+    for name, loss in losses.items():
+        scalars = events.Scalars(f"loss/{name}")
+        assert [scalar.step for scalar in scalars] == [1, 2, 3]
+        assert [scalar.value for scalar in scalars] == pytest.approx(loss["curve"], abs=1e-5)
+    rates = [scalar.value for scalar in events.Scalars("training/learning_rate")]
+    assert rates[0] == pytest.approx(2e-3)  # with three steps, one of them warms up
+    assert rates[2] < rates[1] <= rates[0]
+    assert all(scalar.value > 0 for scalar in events.Scalars("training/step_ms"))
+    for what, step in [("untrained", 0), ("trained", 3), ("control", 3)]:
+        (recall,) = events.Scalars(f"{what}/recall_at_2m")
+        assert recall.step == step
+
+
+def test_without_tensorboard_one_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "find_spec", lambda _: None)
+    result = demo("--out", tmp_path, "--tensorboard", tmp_path / "logs")
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert "pip install 'saccade[tensorboard]'" in line
+
+
+def test_a_directory_for_tensorboard_that_cannot_be_made_is_one_line(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").write_text("")
+    result = demo("--out", tmp_path, "--tensorboard", tmp_path / "file" / "logs")
+    assert result.exit_code == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "--tensorboard" in result.stderr
