@@ -10,12 +10,16 @@ the whole run is added here.
 import importlib
 import os
 import subprocess
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import accvlab_protocol
 import aggregation
+import heatmap
 import losses
+import ragged
 import tables
 import torch
 from accuracy import WrongResultError
@@ -27,7 +31,10 @@ from saccade import doctor
 SUITES = {
     "aggregation": {"deformable_aggregation": aggregation.records},
     "losses": {"focal_loss": losses.sigmoid_records, "gaussian_focal_loss": losses.gaussian_records},
+    "heatmap": {"gaussian_heatmap": heatmap.records},
+    "ragged": {"ragged": ragged.records},
 }
+PROTOCOLS = {"accvlab": "heatmap"}  # the suite of each
 
 
 def _commit() -> str:
@@ -56,26 +63,33 @@ def _machine() -> dict[str, str]:
 
 
 class UnknownWorkloadError(Exception):
-    """There is no such suite and no such workload."""
+    """There is no such suite, workload or protocol."""
 
 
-def run(only: str | None, console: Console, quick: bool = False) -> list[dict[str, Any]]:
+def run(only: str | None, console: Console, quick: bool = False, protocol: str | None = None) -> list[dict[str, Any]]:
     """Time the suites and print their tables.
 
     Args:
         only: One suite, or one workload such as ``aggregation/det-b1``; all of them if ``None``.
         console: Where the tables go.
         quick: Leave out what Saccade is compared with.
+        protocol: In place of a suite's workloads, run the benchmark programs of the project that it replaces.
 
     Raises:
-        UnknownWorkloadError: There is no such suite and no such workload.
+        UnknownWorkloadError: There is no such suite and no such workload, or no such protocol of that suite.
         WrongResultError: An operator differs from its reference, or on a workload from the exact result.
     """
-    names = {*SUITES, *aggregation.workloads(), *losses.workloads()}
+    names = {*SUITES, *aggregation.workloads(), *losses.workloads(), *heatmap.workloads(), *ragged.workloads()}
     if only is not None and only not in names:
         suites = ", ".join(SUITES)
         raise UnknownWorkloadError(f"--only: expected one of {suites}, or one of their workloads, got {only!r}")
+    if protocol is not None and (only is None or PROTOCOLS.get(protocol) != only):
+        forms = " or ".join(f"--only {suite} --protocol {name}" for name, suite in PROTOCOLS.items())
+        given = f"--protocol {protocol}" if only is None else f"--only {only} --protocol {protocol}"
+        raise UnknownWorkloadError(f"--protocol: expected {forms}, got {given}")
     machine = _machine()
+    if protocol is not None:
+        return _run_protocol(console, quick, machine)
     records: list[dict[str, Any]] = []
     for name, suite in SUITES.items():
         if only in (None, name):
@@ -90,9 +104,23 @@ def run(only: str | None, console: Console, quick: bool = False) -> list[dict[st
                 of_clock = [record for record in of_operator if record["clock"] == clock]
                 if of_clock:
                     heading = f"{title}: {operator} ({backend}) on {machine['gpu']}"
-                    console.print(_table(heading, of_clock, is_wide=console.width >= 180))
+                    subjects = [(record["workload"], record["dtype"]) for record in of_clock]
+                    console.print(_table(heading, tables.columns(of_clock), subjects, is_wide=console.width >= 180))
             records += of_operator
     return records
+
+
+def _run_protocol(console: Console, quick: bool, machine: dict[str, str]) -> list[dict[str, Any]]:
+    """Time the drawing of heatmaps as ACCV-Lab's own benchmark programs do, and print that project's table."""
+    operator = "gaussian_heatmap"
+    _check(operator)
+    backend = doctor.backend(operator, "cuda")
+    with console.status(operator) as status:
+        of_protocol = list(accvlab_protocol.records(quick, status.update))
+    columns = accvlab_protocol.columns(of_protocol)
+    title = f"ACCV-Lab's benchmark programs, microseconds: {operator} ({backend}) on {machine['gpu']}"
+    console.print(_table(title, columns, accvlab_protocol.programs(), is_wide=True))
+    return [record | {"backend": backend} | machine for record in of_protocol]
 
 
 def _is_wanted(only: str | None, suite: str, operator: str, workload: str) -> bool:
@@ -103,14 +131,15 @@ def _is_wanted(only: str | None, suite: str, operator: str, workload: str) -> bo
 
 
 def _check(operator: str) -> None:
+    if operator not in doctor.CHECKS:  # then its workloads alone are checked
+        return
     fault = doctor.check(operator, "cuda")
     if fault is not None:
         raise WrongResultError(f"{operator} is not timed: it {fault}")
 
 
-def _table(title: str, records: list[dict[str, Any]], is_wide: bool) -> Table:
-    """The records on the terminal, a line between workloads; where there is room for it, only headings are broken."""
-    columns = tables.columns(records)
+def _table(title: str, columns: Sequence[tables.Column], subjects: Sequence[Any], is_wide: bool) -> Table:
+    """A table on the terminal, a line between subjects; where there is room for it, only headings are broken."""
     if any(column.is_recorded for column in columns):
         title += f"; (recorded): recorded earlier, on an {tables.RECORDED_ON}"
     table = Table(title=title, title_justify="left")
@@ -119,7 +148,6 @@ def _table(title: str, records: list[dict[str, Any]], is_wide: bool) -> Table:
         style = "dim" if column.is_recorded else None
         unbroken = is_wide and column.is_text
         table.add_column(column.title, justify=justify, style=style, no_wrap=unbroken, overflow="fold")
-    subjects = [(record["workload"], record["dtype"]) for record in records]
     for k, row in enumerate(zip(*(column.cells for column in columns), strict=True)):
         table.add_row(*row, end_section=subjects[k : k + 1] != subjects[k + 1 : k + 2])
     return table

@@ -2,6 +2,7 @@
 
 ``mkdocs.yml`` names this file. Where a page says ``<!-- results: aggregation feature_maps_format -->``, the records of
 ``results/h200.json`` whose workloads begin with these names appear, so that no figure in the documentation is typed.
+Where it says ``<!-- results: losses; else: Not taken yet. -->``, that sentence appears until there are some.
 """
 
 import json
@@ -16,7 +17,7 @@ RESULTS = Path(__file__).parent / "results" / "h200.json"
 RECORDED_ON = "H200"  # where the times that are recorded, not measured, were taken
 CLOCKS = {"device": "Device time, microseconds", "wall": "Wall time, microseconds"}
 
-_MARKER = re.compile(r"<!-- results: (.*?) -->")
+_MARKER = re.compile(r"<!-- results: ([^;]*?)(?:; else: (.*?))? -->", re.DOTALL)
 
 
 class Column(NamedTuple):
@@ -28,8 +29,9 @@ class Column(NamedTuple):
     is_text: bool = False
 
 
-def _time(microseconds: float) -> str:
-    return f"{microseconds:.0f}" if microseconds >= 100 else f"{microseconds:.1f}"
+def time_text(microseconds: float) -> str:
+    digits = 0 if microseconds >= 100 else 1 if microseconds >= 1 else 2
+    return f"{microseconds:.{digits}f}"
 
 
 def _names(records: Sequence[Record], key: str) -> list[str]:
@@ -55,13 +57,13 @@ def columns(records: Sequence[Record]) -> list[Column]:
     table = []
     for title in ("workload", "dtype", "pass"):
         table += column(title, lambda r, t=title: r[t], str, is_text=True)
-    table += column("saccade", lambda r: r["saccade_us"], _time)
-    table += column("floor", lambda r: r["floor_us"], _time)
+    table += column("saccade", lambda r: r["saccade_us"], time_text)
+    table += column("floor", lambda r: r["floor_us"], time_text)
     table += column("x floor", lambda r: r["saccade_us"] / r["floor_us"] if r["floor_us"] else None, "{:.1f}".format)
     for name in _names(records, "baselines"):
-        table += column(name, lambda r, n=name: r["baselines"].get(n), _time)
+        table += column(name, lambda r, n=name: r["baselines"].get(n), time_text)
     for name in _names(records, "recorded"):
-        table += column(f"{name} (recorded)", lambda r, n=name: r["recorded"].get(n), _time, is_recorded=True)
+        table += column(f"{name} (recorded)", lambda r, n=name: r["recorded"].get(n), time_text, is_recorded=True)
     table += column("speed-up", _speed_up, "{:.1f}x".format)
     table += column("error", lambda r: r["error"], "{:.1e}".format)
     table += column("peak MB", lambda r: r.get("peak_mb"), "{:.0f}".format)
@@ -94,11 +96,13 @@ def with_results(text: str, records: Sequence[Record]) -> str:
     """A page with the tables in place of its markers.
 
     Raises:
-        ValueError: There is no record of what a marker names.
+        ValueError: There is no record of what a marker names, and it does not say what else to show.
     """
 
     def tables(marker: re.Match[str]) -> str:
         named = [record for record in records if record["workload"].split("/")[0] in marker[1].split()]
+        if not named and marker[2]:
+            return marker[2]
         if not named:
             raise ValueError(f"{marker[0]}: {RESULTS.name} has no such record")
         return markdown(named)

@@ -1,7 +1,9 @@
 """``saccade bench``: its exact results, what it refuses to time, its records and the tables made of them."""
 
 import importlib
+import itertools
 import json
+import math
 import re
 import sys
 from functools import partial
@@ -25,12 +27,19 @@ accuracy, aggregation, aggregation_oracle, losses, losses_oracle, run, tables, w
     importlib.import_module,
     ("accuracy", "aggregation", "aggregation_oracle", "losses", "losses_oracle", "run", "tables", "workloads"),
 )
+heatmap, heatmap_oracle, accvlab_protocol = map(
+    importlib.import_module, ("heatmap", "heatmap_oracle", "accvlab_protocol")
+)
+detr_loss, ragged = map(importlib.import_module, ("detr_loss", "ragged"))
 
 KEYS = {
     *("workload", "pass", "dtype", "clock", "saccade_us", "floor_us", "baselines", "recorded", "error"),
     *("backend", "gpu", "torch", "triton", "commit"),
 }
-PASSES = {"forward", "backward", "backward-deterministic", "forward+backward"}
+PASSES = {
+    *("forward", "backward", "backward-deterministic", "forward+backward"),
+    *("redraw", "clear+draw", "redraw-concatenated", "clear+draw-concatenated", "ten-calls", "kernel"),
+}
 
 runner = CliRunner()
 
@@ -174,6 +183,154 @@ def test_floors_of_the_focal_losses(name, forward, backward):
     assert floors["forward+backward"] == floors["forward"] + floors["backward"]
 
 
+def heatmap_inputs(*centers_and_radii, size=(20, 50), classes=None, labels=None, garbage=0):
+    """One sample of these targets, with a slot of padding behind them."""
+    centers = torch.tensor([[*(center for center, _ in centers_and_radii), (garbage, garbage)]], dtype=torch.int32)
+    radii = torch.tensor([[*(radius for _, radius in centers_and_radii), 7]], dtype=torch.int32)
+    sizes = torch.tensor([len(centers_and_radii)], dtype=torch.int32)
+    labels = None if labels is None else torch.tensor([[*labels, garbage]], dtype=torch.int32)
+    shape = (1, *size) if classes is None else (1, classes, *size)
+    return workloads.HeatmapInputs(shape, centers, radii, sizes, labels)
+
+
+def test_exact_heatmaps_by_hand():
+    expected = heatmap_oracle.exact(heatmap_inputs(((10, 5), 1), ((49, 19), 3), ((-1, 13), 2), ((52, 5), 2)))[0]
+    assert expected.dtype == torch.float64
+    edge, corner = 0.13533528, 0.01831564
+    window = torch.tensor([[corner, edge, corner], [edge, 1, edge], [corner, edge, corner]], dtype=torch.float64)
+    torch.testing.assert_close(expected[4:7, 9:12], window, rtol=0, atol=5e-9)  # half of the last digit
+    assert expected[19, 49] == 1
+    assert expected[11:16, :2].max() == expected[13, 0] == pytest.approx(0.48675226, abs=5e-9)
+    expected[4:7, 9:12] = 0
+    cells = [(row, column) for row in range(16, 20) for column in range(46, 50)]
+    cells += [(row, column) for row in range(11, 16) for column in range(2)]
+    assert sorted(map(tuple, expected.nonzero().tolist())) == sorted(cells)  # nothing of the window off the map
+
+
+def test_exact_heatmaps_keep_the_maximum_class_by_class():
+    targets = ((3, 2), 1), ((4, 2), 1), ((4, 2), 0)
+    expected = heatmap_oracle.exact(heatmap_inputs(*targets, size=(5, 8), classes=3, labels=[2, 2, 0], garbage=1))[0]
+    assert expected[2, 2].tolist() == pytest.approx([0, 0, 0.13533528, 1, 1, 0.13533528, 0, 0], abs=5e-9)
+    assert expected[0].nonzero().tolist() == [[2, 4]]
+    assert not expected[1].any()
+
+
+OFF_THE_MAP = heatmap_inputs(((-2, 3), 4), ((20, -1), 2), ((9, 11), 3), ((-9, 2), 4), ((30, 30), 1), size=(10, 12))
+HEATMAP_INPUTS = {
+    "one-map": lambda: workloads.heatmap(3, 6, 9, 11, 4, device="cpu"),
+    "class-wise": lambda: workloads.heatmap(3, 6, 9, 11, 4, 5, device="cpu"),
+    "off-the-map": lambda: OFF_THE_MAP,
+    "no-targets": lambda: heatmap_inputs(),
+}
+
+
+@pytest.mark.parametrize("inputs", HEATMAP_INPUTS.values(), ids=HEATMAP_INPUTS)
+def test_heatmaps_are_those_of_the_exact_ones_and_of_what_is_timed_beside_them(inputs, device):
+    inputs = inputs()
+    inputs = inputs._replace(
+        **{name: each.to(device) for name, each in inputs._asdict().items() if isinstance(each, torch.Tensor)}
+    )
+    shape, centers, radii, counts, labels = inputs
+    expected = heatmap_oracle.exact(inputs)
+    drawings = {
+        "batched": lambda into: saccade.draw_heatmap_batched(into, centers, radii, labels=labels, counts=counts),
+        "concatenated": lambda into: saccade.draw_heatmap(into.view(-1, *shape[-2:]), *heatmap.concatenated(inputs)),
+        "vectorized": lambda into: heatmap.draw_windows(into, inputs, 7),
+        "box by box": lambda into: heatmap.draw_box_by_box(into, inputs),
+    }
+    for draw in drawings.values():
+        result = torch.zeros(shape, device=device)
+        draw(result)
+        assert torch.equal(result > 0, expected > 0)
+        # As for every result that is timed: roundings of the exponent, at most 9, to float32.
+        torch.testing.assert_close(result.double(), expected, rtol=heatmap.CELL_TOLERANCE, atol=0)
+        before = result.clone()
+        draw(result)
+        assert torch.equal(result, before)
+
+
+@pytest.mark.parametrize("name", heatmap.HEATMAP)
+def test_concatenated_targets_are_those_of_the_batch(name):
+    inputs = workloads.heatmap(*heatmap.HEATMAP[name], device="cpu")
+    targets = heatmap.concatenated(inputs)
+    assert {each.dtype for each in targets} == {torch.int32}
+    assert len(targets.radii) == inputs.sample_sizes.sum()
+    first = int(inputs.sample_sizes[0])
+    assert torch.equal(targets.centers[:first], inputs.centers[0, :first])
+    assert torch.equal(targets.radii[first:][: int(inputs.sample_sizes[1])], inputs.radii[1, : inputs.sample_sizes[1]])
+    classes = 1 if inputs.labels is None else inputs.shape[1]
+    assert torch.equal(
+        targets.heatmap_idxes // classes, torch.arange(inputs.shape[0]).repeat_interleave(inputs.sample_sizes)
+    )
+    if inputs.labels is not None:
+        assert torch.equal(targets.heatmap_idxes[:first], inputs.labels[0, :first])
+
+
+def test_floors_of_the_heatmaps():
+    inputs = heatmap_inputs(((3, 2), 1), ((4, 2), 1), size=(5, 8), classes=3, labels=[2, 0], garbage=1)
+    expected = heatmap_oracle.exact(inputs)
+    floors = heatmap.floors_us(inputs, heatmap.concatenated(inputs), int((expected > 0).sum()))
+    batch, maps, drawn = 2 * (8 + 4 + 4) + 4, 3 * 5 * 8 * 4, 18 * 4  # bytes
+    moved = [batch + drawn, batch + maps, 2 * (8 + 4 + 4) + drawn, 2 * (8 + 4 + 4) + maps]
+    assert list(floors.values()) == pytest.approx([size / 4.2e6 for size in moved])
+
+
+def detr_by_hand() -> ragged.DetrInputs:
+    """One layer, a sample with an object for its first query, and one without objects."""
+    logits = torch.zeros(1, 2, 2, 2)
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.1, 0.1, 0.1, 0.1]]).expand(1, 2, 2, 4)
+    objects = detr_loss.Objects(
+        [torch.tensor([1]), torch.tensor([], dtype=torch.int64)],
+        [torch.tensor([[0.6, 0.5, 0.2, 0.2]]), torch.zeros(0, 4)],
+    )
+    ragged_objects = detr_loss.RaggedObjects(*map(saccade.ragged.combine_data, objects))
+    matched = detr_loss.match_each_sample(logits, boxes, objects)
+    ragged_matched = saccade.ragged.combine_data(matched, flatten_batch_dims=False)
+    return ragged.DetrInputs(logits, boxes, objects, matched, ragged_objects, ragged_matched)
+
+
+@pytest.mark.parametrize("with_matching", [False, True])
+@pytest.mark.parametrize("form", ["saccade", "loop over samples", "loop over layers"])
+def test_the_detr_loss_by_hand(form, with_matching):
+    inputs = detr_by_hand()
+    assert [query.tolist() for query in inputs.matched[0]] == [[0], []]
+    loss = ragged.detr_forms(inputs, with_matching)[form](inputs.logits, inputs.boxes)
+    # The focal loss of a probability of 1/2 is log(2) / 4 times 0.25 for the one positive, 0.75 for 7 negatives. The
+    # boxes are 0.1 apart and differ by 0.2 in height; they share 0.1 x 0.2, cover 0.1 and lie in 0.3 x 0.4.
+    of_boxes = 5 * 0.3 + 2 * (1 - 0.02 / 0.1 + (0.12 - 0.1) / 0.12)
+    assert loss.item() == pytest.approx(math.log(2) / 4 * (0.25 + 7 * 0.75) + of_boxes, rel=1e-6)
+
+
+@pytest.mark.parametrize("most", [5, 0])
+def test_all_forms_of_the_detr_loss_are_matched_alike_and_agree(most, device, monkeypatch):
+    monkeypatch.setattr(ragged, "DEVICE", device)
+    inputs = ragged.detr_inputs(layers=2, samples=3, queries=8, classes=4, most=most)
+    at_once = detr_loss.match_at_once(inputs.logits, inputs.boxes, inputs.ragged_objects).split()
+    of_layers = detr_loss.match_each_layer(inputs.logits, inputs.boxes, inputs.objects)
+    for layer, sample in itertools.product(range(2), range(3)):
+        query = inputs.matched[layer][sample]
+        assert len(query.unique()) == len(query) == len(inputs.objects.labels[sample])
+        assert torch.equal(of_layers[layer][sample], query)
+        assert torch.equal(at_once[layer][sample], query)
+    for with_matching in (False, True):
+        forms = ragged.detr_forms(inputs, with_matching)
+        values = {}
+        for name, form in forms.items():
+            leaves = [inputs.logits.double().requires_grad_(), inputs.boxes.double().requires_grad_()]
+            loss = form(*leaves)
+            values[name] = [loss, *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
+        for name in forms:
+            for value, right in zip(values[name], values["loop over samples"], strict=True):
+                torch.testing.assert_close(value, right, rtol=1e-9, atol=1e-9)
+
+
+def test_a_query_is_matched_with_the_object_that_it_is_cheapest_for():
+    objects = detr_loss.Objects([torch.tensor([0, 0])], [torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.8, 0.8, 0.1, 0.1]])])
+    boxes = torch.tensor([[0.5, 0.5, 0.9, 0.9], [0.8, 0.8, 0.1, 0.1], [0.2, 0.2, 0.1, 0.1]]).view(1, 1, 3, 4)
+    ((query,),) = detr_loss.match_each_sample(torch.zeros(1, 1, 3, 1), boxes, objects)
+    assert query.tolist() == [2, 1]
+
+
 # ---- what is timed, on small workloads of the CPU with clocks that only call
 
 
@@ -207,6 +364,20 @@ def clock(monkeypatch) -> Clock:
         monkeypatch.setattr(suite, "device_us", clock)
         monkeypatch.setattr(suite, "wall_us", clock)
         monkeypatch.setattr(suite, "memory_of", lambda *_: {"peak_mb": 110.0, "needed_mb": 100.0})
+    tiny_heatmaps = {"accvlab": (3, 6, 7, 9, 3), "centernet": (2, 5, 12, 10, 4, 3)}
+    monkeypatch.setattr(heatmap, "HEATMAP", tiny_heatmaps)
+    monkeypatch.setattr(heatmap, "heatmap_inputs", partial(workloads.heatmap, device="cpu"))
+    monkeypatch.setattr(heatmap, "wall_us", clock)
+    monkeypatch.setattr(accvlab_protocol, "DEVICE", "cpu")
+    for suite in (heatmap, accvlab_protocol):
+        monkeypatch.setattr(suite, "device_us", clock)
+        monkeypatch.setattr(suite, "unwarmed_us", clock)
+    monkeypatch.setattr(ragged, "DEVICE", "cpu")
+    monkeypatch.setattr(ragged, "ENTRIES", {"samples": 4, "most": 5, "rows": 12, "channels": 3})
+    monkeypatch.setattr(ragged, "DETR", {"layers": 2, "samples": 3, "queries": 8, "classes": 4, "most": 5})
+    monkeypatch.setattr(ragged, "device_us", clock)
+    monkeypatch.setattr(ragged, "wall_us", clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(doctor, "check", lambda *_: None)
@@ -287,6 +458,156 @@ def test_records_of_the_losses(clock, tmp_path):
     assert "Wall time" in result.output
 
 
+def test_records_of_the_heatmaps(clock, tmp_path):
+    result = runner.invoke(app, ["bench", "--only", "heatmap", "--json", str(tmp_path / "results.json")])
+    assert result.exit_code == 0, result.output
+    records = json.loads((tmp_path / "results.json").read_text())
+    found = {(record["workload"], record["pass"], record["clock"]): record for record in records}
+    assert len(found) == len(records)
+    of_device = ("redraw", "clear+draw", "redraw-concatenated", "clear+draw-concatenated")
+    expected = {(f"heatmap/{name}", kind, "device") for name in ("accvlab", "centernet") for kind in of_device}
+    expected |= {(f"heatmap/{name}", "clear+draw", "wall") for name in ("accvlab", "centernet")}
+    assert set(found) == expected | {("heatmap/accvlab", "redraw", "wall")}
+    compared = {
+        ("redraw", "device"): {"PyTorch, vectorized"},
+        ("clear+draw", "device"): {"PyTorch, vectorized", "clearing alone"},
+        ("redraw", "wall"): {"PyTorch, vectorized", "PyTorch, box by box"},
+        ("clear+draw", "wall"): {"PyTorch, vectorized", "PyTorch, box by box"},
+    }
+    for (_, kind, clock_of), record in found.items():
+        assert set(record) == KEYS
+        assert record["saccade_us"] == 200
+        assert record["floor_us"] > 0
+        assert 0 < record["error"] <= accuracy.TOLERANCES["float32"]
+        assert set(record["baselines"]) == compared.get((kind, clock_of), set())
+    recorded = {key: record["recorded"]["ACCV-Lab package"] for key, record in found.items() if record["recorded"]}
+    assert recorded == {
+        ("heatmap/accvlab", "redraw", "device"): 28.8,
+        ("heatmap/accvlab", "clear+draw", "device"): 90.8,
+        ("heatmap/accvlab", "clear+draw-concatenated", "device"): 98.5,
+        ("heatmap/accvlab", "redraw", "wall"): 29.7,
+        ("heatmap/centernet", "redraw", "device"): 1364,
+        ("heatmap/centernet", "clear+draw", "device"): 4552,
+        ("heatmap/centernet", "clear+draw-concatenated", "device"): 4624,
+    }
+
+
+def test_calls_that_are_not_warmed_up_are_waited_for_once(monkeypatch):
+    done, now = [], iter([1.0, 1.5])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    monkeypatch.setattr(heatmap.time, "perf_counter", lambda: done.append("clock") or next(now))
+    assert heatmap.unwarmed_us(lambda: done.append("call"), calls=10) == pytest.approx(0.5e6 / 10)
+    assert done == ["clock", *["call"] * 10, "wait", "clock"]
+
+
+def test_every_heatmap_workload_has_a_recorded_time():
+    assert list(heatmap.RECORDED_US) == list(workloads.HEATMAP)
+
+
+def test_the_benchmark_programs_of_accvlab(clock, tmp_path):
+    arguments = ["bench", "--only", "heatmap", "--protocol", "accvlab", "--json", str(tmp_path / "results.json")]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    records = json.loads((tmp_path / "results.json").read_text())
+    found = {(record["workload"].removeprefix("accvlab-protocol/"), record["pass"]): record for record in records}
+    forms = ("concatenated", "batched", "batched-classwise")
+    assert list(found) == [(form, kind) for form in forms for kind in ("ten-calls", "kernel")]
+    for (_, kind), record in found.items():
+        assert set(record) == KEYS
+        assert record["clock"] == {"ten-calls": "wall", "kernel": "device"}[kind]
+        assert 0 < record["error"] <= accuracy.TOLERANCES["float32"]
+        assert record["baselines"] == ({"PyTorch, box by box": 200} if kind == "ten-calls" else {})
+        assert len(record["recorded"]) == (4 if kind == "ten-calls" else 0)
+    assert clock.calls == 2 + 6  # a loop for each program
+    assert tables.columns(records)[-2].cells == ["0.3x", "", "0.2x", "", "0.3x", ""]  # of the H200's: 54.0, 30.6, 57.2
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.output.splitlines() if "│" in line]
+    assert lines == [
+        ["PyTorch, box by box", "200", "", "90815", "201100"],
+        ["concatenated", "200", "200", "54.0", "48.2"],
+        ["batched", "200", "200", "30.6", "36.6"],
+        ["PyTorch, box by box, class-wise", "200", "", "118282", "245100"],
+        ["batched, class-wise", "200", "200", "57.2", "59.0"],
+    ]
+    quick = run.run("heatmap", Console(quiet=True), quick=True, protocol="accvlab")
+    assert len(quick) == 6
+    assert all(record["baselines"] == {} for record in quick)
+
+
+def test_data_of_the_benchmark_programs_of_accvlab(monkeypatch):
+    monkeypatch.setattr(accvlab_protocol, "DEVICE", "cpu")
+    torch.manual_seed(accvlab_protocol.SEED)
+    shape, centers, radii, counts, labels = accvlab_protocol.data(20)
+    assert shape == (48, 20, 20, 50)
+    assert counts.sum() == 1195  # what the original draws first
+    assert (
+        torch.get_rng_state().ne(torch.Generator().manual_seed(42).get_state()).any()
+    )  # the next method has other data
+    is_target = torch.arange(50) < counts[:, None]
+    x, y = centers[is_target].unbind(-1)
+    assert [x.min(), x.max(), y.min(), y.max()] == [0, 49, 0, 19]
+    assert labels[is_target].unique().tolist() == list(range(20))
+    shares = radii[is_target].bincount() / is_target.sum()
+    assert shares.tolist() == pytest.approx([0, 0.4, 0.2, 0.2, 0.2], abs=0.05)  # of 1195 targets: 3.5 deviations
+    assert all(each.dtype == torch.int32 for each in (centers, radii, counts, labels))
+    assert accvlab_protocol.data(None).shape == (48, 20, 50)
+    assert accvlab_protocol.data(None).labels is None
+
+
+def test_records_of_ragged_batches(clock, tmp_path):
+    result = runner.invoke(app, ["bench", "--only", "ragged", "--json", str(tmp_path / "results.json")])
+    assert result.exit_code == 0, result.output
+    records = json.loads((tmp_path / "results.json").read_text())
+    found = {
+        (record["workload"].removeprefix("ragged/"), record["pass"], record["clock"]): record for record in records
+    }
+    assert len(found) == len(records)
+    loops = {"loop over samples", "loop over layers"}
+    compared = {
+        ("batched_indexing_access", "forward", "device"): {"indexing", "gather"},
+        ("batched_indexing_access", "forward", "wall"): {"indexing", "gather"},
+        ("batched_indexing_access", "forward+backward", "wall"): {"indexing", "gather", "torch BCE with logits"},
+        ("combine_data", "forward", "wall"): {"pad_sequence"},
+        ("detr_loss", "forward", "device"): loops,
+        ("detr_loss", "forward+backward", "wall"): loops,
+        ("detr_loss-and-matching", "forward+backward", "wall"): loops,
+    }
+    assert {key: set(record["baselines"]) for key, record in found.items()} == compared
+    for (workload, _, clock_of), record in found.items():
+        assert set(record) == KEYS
+        assert record["saccade_us"] == 200
+        assert (record["floor_us"] is not None) == (clock_of == "device")
+        assert record["floor_us"] is None or record["floor_us"] > 0
+        assert 0 <= record["error"] <= accuracy.TOLERANCES["float32"]
+        assert (record["error"] > 0) == workload.startswith("detr_loss")  # the others copy
+    recorded = {key: record["recorded"]["ACCV-Lab package"] for key, record in found.items() if record["recorded"]}
+    assert recorded == {
+        ("batched_indexing_access", "forward", "device"): 3.6,
+        ("batched_indexing_access", "forward", "wall"): 28,
+        ("batched_indexing_access", "forward+backward", "wall"): 189,
+        ("combine_data", "forward", "wall"): 583,
+    }
+
+
+def test_the_loss_over_ragged_batches_alone(clock, tmp_path):
+    file = tmp_path / "results.json"
+    result = runner.invoke(app, ["bench", "--quick", "--only", "ragged/detr_loss", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    assert {record["workload"] for record in json.loads(file.read_text())} == {"ragged/detr_loss"}
+    assert clock.calls == 2
+
+
+def test_floors_of_ragged_batches(clock, monkeypatch):
+    records = run.run("ragged", Console(quiet=True), quick=True)
+    floors = {record["workload"]: record["floor_us"] for record in records if record["clock"] == "device"}
+    _, indices, _ = ragged.indexing_inputs(**ragged.ENTRIES)
+    count, width = int(indices.sample_sizes.sum()), indices.max_sample_size
+    bytes_moved = count * (3 * 4 + 8) + 4 * 8 + 4 * width * 3 * 4
+    assert floors["ragged/batched_indexing_access"] == pytest.approx(bytes_moved / 4.2e6)
+    count = sum(map(len, ragged.detr_inputs(**ragged.DETR).objects.labels))
+    bytes_moved = 2 * 3 * 8 * 4 * 4 + count * (4 * 4 + 8) + 3 * 8 + 2 * count * (4 * 4 + 8)
+    assert floors["ragged/detr_loss"] == pytest.approx(bytes_moved / 4.2e6)
+
+
 def test_permuted_logits_are_those_of_the_dense_head(monkeypatch):
     batch, height, width = losses.PERMUTED_ROWS
     assert batch * height * width == losses.FOCAL[losses.PERMUTED_WORKLOAD][0]
@@ -300,7 +621,7 @@ def test_permuted_logits_are_those_of_the_dense_head(monkeypatch):
     assert logits.stride() == (8 * 3 * 4, 4, 1, 3 * 4)  # of an image, its classes lie one behind the other
 
 
-@pytest.mark.parametrize(("suite", "count"), [("aggregation", 11), ("losses", 23)])
+@pytest.mark.parametrize(("suite", "count"), [("aggregation", 11), ("losses", 23), ("heatmap", 11), ("ragged", 7)])
 def test_quick_times_saccade_alone(clock, suite, count):
     records = run.run(suite, Console(quiet=True), quick=True)
     assert len(records) == clock.calls == count
@@ -315,7 +636,9 @@ def test_one_workload_alone(clock):
 
 def test_every_workload_has_a_name(clock):
     records = run.run(None, Console(quiet=True), quick=True)
-    assert {record["workload"] for record in records} == {*aggregation.workloads(), *losses.workloads()}
+    assert {record["workload"] for record in records} == {
+        *(*aggregation.workloads(), *losses.workloads(), *heatmap.workloads(), *ragged.workloads())
+    }
 
 
 def test_new_records_take_the_place_of_those_of_the_same_workload(clock, tmp_path):
@@ -401,6 +724,112 @@ def test_a_wrong_gradient_of_a_loss_is_not_timed(clock, tmp_path, monkeypatch):
     assert "sigmoid_focal_loss/head (float32) is not timed: backward has a relative error of" in message
 
 
+@pytest.mark.parametrize("form", ["draw_heatmap_batched", "heatmap_targets", "draw_heatmap"])
+def test_a_wrong_drawing_is_not_timed(form, clock, tmp_path, monkeypatch):
+    right = getattr(saccade, form)
+    monkeypatch.setattr(saccade, form, partial(right, diameter_to_sigma_factor=6.0001))
+    message = refused(clock, tmp_path, "--only", "heatmap")
+    passes = {"draw_heatmap_batched": "redraw", "heatmap_targets": "clear+draw", "draw_heatmap": "redraw-concatenated"}
+    assert f"heatmap/accvlab (float32) is not timed: {passes[form]} has a relative error of" in message
+
+
+@pytest.mark.parametrize("form", ["draw_heatmap_batched", "draw_heatmap"])
+def test_a_wrong_drawing_is_not_timed_by_the_programs_of_accvlab(form, clock, monkeypatch):
+    monkeypatch.setattr(saccade, form, partial(getattr(saccade, form), diameter_to_sigma_factor=6.0001))
+    workload = "concatenated" if form == "draw_heatmap" else "batched"
+    with pytest.raises(accuracy.WrongResultError, match=rf"^accvlab-protocol/{workload} .* ten-calls has a relative"):
+        run.run("heatmap", Console(quiet=True), quick=True, protocol="accvlab")
+
+
+def mutated(monkeypatch, module, name, change) -> None:
+    """Replace a function by what ``change`` makes of its result."""
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *inputs, **options: change(right(*inputs, **options)))
+
+
+def without_the_last_slot(batch: saccade.RaggedBatch) -> saccade.RaggedBatch:
+    return saccade.RaggedBatch(batch.tensor, sample_sizes=(batch.sample_sizes - 1).clamp(min=0))
+
+
+RAGGED_MUTATIONS = {
+    "an entry": (
+        "ragged/batched_indexing_access",
+        saccade.ragged,
+        "batched_indexing_access",
+        lambda b: b.apply(torch.neg),
+    ),
+    "sizes": ("ragged/combine_data", saccade.ragged, "combine_data", without_the_last_slot),
+    "value": (
+        "ragged/detr_loss",
+        saccade,
+        "sigmoid_focal_loss",
+        lambda loss: loss * (1.00001 if loss.dtype == torch.float32 else 1),  # as a wrong kernel
+    ),
+    "gradient": (
+        "ragged/detr_loss",
+        detr_loss,
+        "batched_indexing_access",
+        lambda found: found.apply(lambda boxes: boxes.detach() + (boxes - boxes.detach()) * 1.00001),
+    ),
+    "labels": ("ragged/detr_loss", detr_loss, "batched_inverse_indexing_access", lambda target: target.roll(1, -1)),
+    "padding": ("ragged/detr_loss", detr_loss, "sum_over_targets", lambda sums: sums + 1e-3),
+    "pairs": ("ragged/detr_loss-and-matching", detr_loss, "match_at_once", without_the_last_slot),
+    "the loop's pairs": (
+        "ragged/detr_loss-and-matching",
+        detr_loss,
+        "match_each_sample",
+        lambda matched: [[query.flip(0) for query in layer] for layer in matched],
+    ),
+}
+
+
+@pytest.mark.parametrize("mutation", RAGGED_MUTATIONS)
+def test_what_differs_from_the_loop_is_not_timed(mutation, clock, monkeypatch):
+    workload, *change = RAGGED_MUTATIONS[mutation]
+    mutated(monkeypatch, *change)
+    message = rf"{workload} \(float32\) is not timed: .* has a relative error of"
+    with pytest.raises(accuracy.WrongResultError, match=message):
+        run.run(workload, Console(quiet=True))
+    assert clock.calls == 0
+
+
+def test_maps_that_are_not_cleared_are_not_timed(clock, tmp_path, monkeypatch):
+    right = saccade.heatmap_targets
+    monkeypatch.setattr(
+        saccade, "heatmap_targets", lambda *inputs, **options: right(*inputs, **options).clamp(min=1e-9)
+    )
+    message = refused(clock, tmp_path, "--only", "heatmap")
+    assert "clear+draw is wrong about which cells are drawn" in message
+
+
+def test_what_is_wrong_about_a_heatmap():
+    inputs = heatmap_inputs(((10, 8), 4), ((12, 9), 2), ((30, 10), 1))
+    expected = heatmap_oracle.exact(inputs)
+    right = expected.float()
+    check = partial(heatmap.checked_errors, "a/b", expected)
+    assert 0 < check({"redraw": right})["redraw"] < 1e-7
+
+    def with_cell(row: int, column: int, value: float):
+        wrong = right.clone()
+        wrong[0, row, column] = value
+        return wrong
+
+    corner = right[0, 4, 6].item()
+    for wrong, message in (
+        (with_cell(4, 6, 0.0), "which cells are drawn: 1 of 1000"),
+        (with_cell(0, 0, 1e-30), "which cells are drawn: 1 of 1000"),
+        (with_cell(0, 0, -1.0), "which cells are drawn: 1 of 1000"),
+        (with_cell(8, 10, 1 - 2**-24), "which cells are exactly 1: 1 of 1000"),
+        (with_cell(8, 11, 1.0), "which cells are exactly 1: 1 of 1000"),
+        (with_cell(4, 6, corner * 1.00001), r"a cell with a relative error of 1.0e-05, allowed 4e-06"),
+        (with_cell(4, 6, float("nan")), "a relative error of nan"),
+        (torch.where(right < 1, right * 1.00001, right), r"a relative error of .*e-06, allowed 2e-06"),
+        (right[0], r"the shape \(20, 50\), expected \(1, 20, 50\)"),
+    ):
+        with pytest.raises(accuracy.WrongResultError, match=rf"^a/b \(float32\) is not timed: redraw .*{message}"):
+            check({"redraw": wrong})
+
+
 def test_a_loss_of_bfloat16_logits_is_as_accurate_as_any_and_its_gradient_is_rounded():
     logits, target = workloads.focal(40, 5, device="cpu", dtype=torch.bfloat16)
     check = partial(losses.checked_errors, "a/b", losses.SIGMOID.element_losses, 1 / 200, logits, target)
@@ -451,8 +880,16 @@ def test_an_unknown_suite_or_an_unwritable_file_is_one_line(clock, tmp_path):
     for arguments, message in (
         (
             ["--only", "nonsense"],
-            "--only: expected one of aggregation, losses, or one of their workloads, got 'nonsense'",
+            f"--only: expected one of {', '.join(run.SUITES)}, or one of their workloads, got 'nonsense'",
         ),
+        (
+            ["--only", "losses", "--protocol", "accvlab"],
+            "--protocol: expected --only heatmap --protocol accvlab, got --only losses --protocol accvlab",
+        ),
+        (["--only", "heatmap/accvlab", "--protocol", "accvlab"], "got --only heatmap/accvlab --protocol accvlab"),
+        (["--only", "heatmap", "--protocol", "mmdet"], "got --only heatmap --protocol mmdet"),
+        (["--protocol", "accvlab"], "expected --only heatmap --protocol accvlab, got --protocol accvlab"),
+        (["--protocol", "mmdet"], "expected --only heatmap --protocol accvlab, got --protocol mmdet"),
         (["--json", str(tmp_path / "nowhere" / "results.json")], "cannot write this file"),
     ):
         result = runner.invoke(app, ["bench", *arguments])
@@ -464,7 +901,7 @@ def test_an_unknown_suite_or_an_unwritable_file_is_one_line(clock, tmp_path):
 
 def test_help_tells_every_option():
     text = re.sub(r"\x1b\[[0-9;]*m", "", runner.invoke(app, ["bench", "--help"], terminal_width=200).output)
-    for option in ("--only", "--quick", "--json"):
+    for option in ("--only", "--quick", "--protocol", "--json"):
         assert option in text
 
 
@@ -474,15 +911,25 @@ def test_a_quick_run_on_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(aggregation, "MAPS_WORKLOAD", "det-b1")
     monkeypatch.setattr(losses, "SIGMOID_WORKLOADS", [("head", torch.float32)])
     monkeypatch.setattr(losses, "GAUSSIAN_FOCAL", {"accvlab": losses.GAUSSIAN_FOCAL["accvlab"]})
+    monkeypatch.setattr(heatmap, "HEATMAP", {"accvlab": heatmap.HEATMAP["accvlab"]})
     result = runner.invoke(app, ["bench", "--quick", "--json", str(tmp_path / "results.json")])
     assert result.exit_code == 0, result.output
     records = json.loads((tmp_path / "results.json").read_text())
-    assert {record["pass"] for record in records} == PASSES
+    assert {record["pass"] for record in records} == PASSES - {"ten-calls", "kernel"}
     for record in records:
         assert record["saccade_us"] > 0
         assert record["gpu"] == torch.cuda.get_device_name()
-        if record["pass"] == "forward+backward":  # inputs and results themselves are counted
+        if "peak_mb" in record:  # inputs and results themselves are counted
             assert record["peak_mb"] > 0.99 * record["needed_mb"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes times on a GPU")
+def test_the_benchmark_programs_of_accvlab_on_a_gpu():
+    records = run.run("heatmap", Console(quiet=True), quick=True, protocol="accvlab")
+    assert len(records) == 6
+    for record in records:
+        assert record["saccade_us"] > 0
+        assert record["error"] <= accuracy.TOLERANCES["float32"]
 
 
 # ---- records as tables
@@ -535,6 +982,15 @@ def test_a_page_gets_the_records_that_it_names():
     with pytest.raises(ValueError, match=r"results: heatmap.*has no such record"):
         tables.with_results("<!-- results: heatmap -->", records)
     assert tables.on_page_markdown("no marker") == "no marker"
+
+
+def test_a_page_says_what_else_until_there_are_records():
+    page = "<!-- results: losses; else: Not\ntaken yet; soon. -->\n\n<!-- results: heatmap; else: Nor these. -->"
+    assert tables.with_results(page, []) == "Not\ntaken yet; soon.\n\nNor these."
+    page = tables.with_results(page, [a_record(workload="losses/head")])
+    assert page.startswith("Taken on")
+    assert "losses/head" in page
+    assert page.endswith("\n\nNor these.")
 
 
 RESULTS = json.loads(tables.RESULTS.read_text())
