@@ -125,6 +125,8 @@ def sigmoid_focal(
     rest = (logits, target, weight, class_weight, alpha, gamma, activated, kind, avg_factor, 1.0, 0.0)
     result = sigmoid_focal_loss(*rest)
     sigmoid_focal_loss_backward(result, *rest, [True, weight is not None])
+    if kind != "none":
+        sigmoid_focal_loss(*rest, torch.empty_like(logits))  # gradients and all
 
 
 def softmax_focal(
@@ -163,6 +165,90 @@ def gaussian_focal(
     result, divisor = gaussian_focal_loss(*rest, kind, None, 1.0, 0.0)
     of_backward = ("mean", divisor) if kind == "num_pos" else (kind, None)
     gaussian_focal_loss_backward(result, *rest, *of_backward, 1.0, 0.0, [True, weight is not None])
+
+
+def draw_heatmap(
+    dtype: torch.dtype = torch.float32,
+    *,
+    size: tuple[int, int] = (20, 50),
+    index_dtype: torch.dtype = torch.int32,
+    ellipses: bool = False,
+    k_scale: float = 1.0,
+) -> None:
+    from saccade.gaussian_heatmap.kernels import draw_heatmap
+
+    targets = [torch.empty(48, *rest, dtype=index_dtype) for rest in ((2,), (2,) if ellipses else (), ())]
+    draw_heatmap(
+        torch.empty(3, *size, dtype=dtype, device="meta" if size[0] > 2**12 else "cpu"), *targets, 6.0, k_scale
+    )
+
+
+def draw_heatmap_batched(
+    dtype: torch.dtype = torch.float32,
+    *,
+    size: tuple[int, int] = (20, 50),
+    classes: int | None = None,
+    index_dtype: torch.dtype = torch.int32,
+    ellipses: bool = False,
+    cleared: bool = False,
+) -> None:
+    from saccade.gaussian_heatmap.kernels import draw_heatmap_batched
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=index_dtype)
+
+    radii = integers(4, 50, 2) if ellipses else integers(4, 50)
+    heatmap = torch.empty(4, *([] if classes is None else [classes]), *size, dtype=dtype)
+    labels = None if classes is None else integers(4, 50)
+    draw_heatmap_batched(heatmap, integers(4, 50, 2), radii, integers(4), labels, 6.0, 1.0, cleared)
+
+
+def clear(*size: int) -> None:
+    from saccade.gaussian_heatmap.kernels import zeros
+
+    zeros(size, torch.device("cpu"))
+
+
+def draw_boxes(
+    dtype: torch.dtype = torch.float32,
+    *,
+    size: tuple[int, int] = (128, 128),
+    classes: int | None = 10,
+    corners: bool = True,
+    convention: str = "mmdet",
+) -> None:
+    from saccade.gaussian_heatmap.kernels import draw_boxes
+
+    heatmap = torch.empty(4, *([] if classes is None else [classes]), *size)
+    labels = None if classes is None else torch.empty(4, 50, dtype=torch.int64)
+    counts = torch.empty(4, dtype=torch.int64)
+    of_boxes = corners, (0.0, 0.0), (4.0, 4.0), 0.3, convention, 0
+    draw_boxes(heatmap, torch.empty(4, 50, 4, dtype=dtype), counts, labels, *of_boxes, 6.0, 1.0)
+
+
+def ragged(
+    dtype: torch.dtype = torch.float32,
+    *data_dims: int,
+    index_dtype: torch.dtype = torch.int64,
+    filler: float = 0,
+    numbers: bool = True,
+) -> None:
+    """Every launcher of ragged batches; ``numbers`` for dtypes that have a sum."""
+    from saccade.ragged import kernels
+
+    data, entries = torch.empty(48, 912, *data_dims, dtype=dtype), torch.empty(48, 48, *data_dims, dtype=dtype)
+    index, sizes = torch.empty(48, 48, dtype=index_dtype), torch.empty(48, dtype=torch.int64)
+    kernels.gather(data, index, sizes, filler)
+    kernels.gather(data, index, sizes, 0, index, 912, last=True)
+    kernels.put(data, entries, index, sizes, None, 0)
+    kernels.put(data, entries, index, sizes, index, 912)
+    kernels.spread(entries, index, sizes, None, 0, 912, filler)
+    kernels.spread(entries, index, sizes, index, 912, 912, filler)
+    kernels.transfer(data, entries, index, sizes, index)
+    kernels.mark(index, sizes, 912)
+    kernels.pad(entries.flatten(0, 1), sizes, sizes, 48)
+    if numbers:
+        kernels.sum_entries(entries, index, sizes, 912)
 
 
 ROWS = 16384  # many enough elements for the tiles that large inputs have
@@ -205,6 +291,37 @@ CASES: list[tuple[str, Callable[[], object]]] = [
     ("gaussian_focal/probabilities-other-powers", partial(gaussian_focal, with_logits=False, alpha=0.5, gamma=3.5)),
     ("gaussian_focal/weight", partial(gaussian_focal, weight=torch.empty(4, 1, 32, 32))),
     ("gaussian_focal/channels-last", partial(gaussian_focal, channels_last=True)),
+    ("draw_heatmap/float32", draw_heatmap),
+    ("draw_heatmap/float64-int64", partial(draw_heatmap, torch.float64, index_dtype=torch.int64)),
+    ("draw_heatmap/medium", partial(draw_heatmap, size=(128, 128))),
+    ("draw_heatmap/large", partial(draw_heatmap, size=(512, 512))),
+    ("draw_heatmap/ellipses", partial(draw_heatmap, ellipses=True)),
+    ("draw_heatmap/negative-scale", partial(draw_heatmap, k_scale=-1.0)),
+    ("draw_heatmap/negative-scale-float64", partial(draw_heatmap, torch.float64, k_scale=-1.0)),
+    ("draw_heatmap/64-bits", partial(draw_heatmap, size=(2**16, 2**15))),
+    ("draw_heatmap_batched/float32", draw_heatmap_batched),
+    ("draw_heatmap_batched/float64-large", partial(draw_heatmap_batched, torch.float64, size=(128, 128))),
+    ("draw_heatmap_batched/classes", partial(draw_heatmap_batched, classes=20)),
+    ("draw_heatmap_batched/classes-int64", partial(draw_heatmap_batched, classes=20, index_dtype=torch.int64)),
+    ("draw_heatmap_batched/cleared", partial(draw_heatmap_batched, cleared=True)),
+    ("draw_heatmap_batched/cleared-large", partial(draw_heatmap_batched, size=(128, 128), classes=80, cleared=True)),
+    ("draw_heatmap_batched/ellipses", partial(draw_heatmap_batched, ellipses=True)),
+    ("clear", partial(clear, 48, 20, 50)),
+    ("clear/odd", partial(clear, 3, 5, 7)),
+    ("draw_boxes/float32", draw_boxes),
+    ("draw_boxes/float16", partial(draw_boxes, torch.float16)),
+    ("draw_boxes/bfloat16", partial(draw_boxes, torch.bfloat16)),
+    ("draw_boxes/float64", partial(draw_boxes, torch.float64)),
+    ("draw_boxes/centres", partial(draw_boxes, corners=False, convention="mmdet3d")),
+    ("draw_boxes/small", partial(draw_boxes, size=(20, 50), classes=None)),
+    ("ragged/float32", partial(ragged, torch.float32, 256)),
+    ("ragged/float64", partial(ragged, torch.float64, 16)),
+    ("ragged/float16", partial(ragged, torch.float16, 256, numbers=False)),
+    ("ragged/bool", partial(ragged, torch.bool, numbers=False)),
+    ("ragged/complex128", partial(ragged, torch.complex128, 11, filler=1j)),
+    ("ragged/filler-1", partial(ragged, torch.int32, filler=1, numbers=False)),
+    *((f"ragged/{inner}-inner", partial(ragged, torch.float32, inner, filler=-1.5)) for inner in (96, 11, 8, 1)),
+    ("ragged/int32", partial(ragged, torch.float32, 11, index_dtype=torch.int32)),
     ("format_rows/float32", partial(format_rows, *[torch.float32] * 4, sizes=FPN)),
     ("format_rows/float16", partial(format_rows, *[torch.float16] * 4, sizes=FPN)),
     ("format_rows/bfloat16", partial(format_rows, *[torch.bfloat16] * 4, sizes=FPN)),

@@ -129,7 +129,7 @@ def test_repr_computes_nothing():
     for part in ("RaggedBatch(", "tensor=tensor(", "sample_sizes=tensor(", "non_uniform_dim=1", "batch_shape=(2,)"):
         assert part in text
     assert "mask=<uninitialized>" in text
-    assert batch._mask is None
+    assert batch._extent.mask is None
     assert "sample_sizes=<uninitialized>" in repr(RaggedBatch(torch.zeros(1, 2), torch.ones(1, 2).bool()))
     assert "mask=tensor(" in repr(RaggedBatch(torch.zeros(1, 2), torch.ones(1, 2).bool()))
 
@@ -184,11 +184,21 @@ def test_create_with_sample_sizes_like_self(device):
     assert created.non_uniform_dim == 2
     assert created.mask is batch.mask
     assert created.sample_sizes is batch.sample_sizes
-    assert created._total_num_entries == 5
+    assert created._extent.total_num_entries == 5
     assert batch.create_with_sample_sizes_like_self(torch.rand(2, 3, 1, device=device)).non_uniform_dim == 1
     moved = batch.create_with_sample_sizes_like_self(batch.tensor, device="meta")
     assert {moved.tensor.device.type, moved.mask.device.type, moved.sample_sizes.device.type} == {"meta"}
     assert batch.device.type == device
+
+
+def test_what_is_not_computed_yet_is_shared_too(device):
+    batch = example(device)
+    created = batch.create_with_sample_sizes_like_self(torch.rand(2, 3, device=device))
+    applied = created.apply(lambda tensor: tensor + 1)
+    assert batch._extent.mask is None
+    assert applied.mask is created.mask is batch.mask
+    batch = RaggedBatch(batch.tensor, batch.mask)
+    assert batch.detach().sample_sizes is batch.sample_sizes
 
 
 @pytest.mark.parametrize(
@@ -580,7 +590,7 @@ def test_what_is_not_computed_stays_so_and_nothing_is_changed(mask):
         total = batch.total_num_entries if not mask else None
         changed = change(batch)
         assert (changed.shape, changed.non_uniform_dim) == (shape, dim)
-        assert ((changed._mask is None), (changed._sample_sizes is None)) == (not mask, mask)
+        assert ((changed._extent.mask is None), (changed._extent.sample_sizes is None)) == (not mask, mask)
         assert batch.shape == (2, 3, 2, 4)
         assert total in (None, 14)
 
@@ -709,7 +719,7 @@ def test_detach():
 def test_devices(device):
     batch = example()
     moved = batch.to_device(device)
-    assert (moved.device.type, moved._mask) == (device, None)
+    assert (moved.device.type, moved._extent.mask) == (device, None)
     assert moved.mask.tolist() == batch.mask.tolist()
     assert moved.cpu().device.type == "cpu"
     assert batch.cpu().tensor is batch.tensor
@@ -722,7 +732,7 @@ def test_pinned_memory():
     pinned = example().pin_memory()
     assert pinned.tensor.is_pinned()
     assert pinned.sample_sizes.is_pinned()
-    assert pinned._mask is None
+    assert pinned._extent.mask is None
     moved = pinned.to("cuda", non_blocking=True)
     assert moved.split()[0].tolist() == [5, 6]
 

@@ -161,12 +161,13 @@ def test_uneven_nesting(data):
 
 
 @pytest.mark.parametrize("flatten", [True, False])
-def test_data_dimensions_that_disagree(flatten):
-    for odd in torch.zeros(1, 1), torch.zeros(1, 3), torch.zeros(2), torch.zeros(1, 4, 1):
+def test_data_dimensions_that_disagree(flatten, device):
+    first = torch.zeros(2, 4, device=device)
+    for odd in first[:1, :1], first[:1, :3], first[:, 0], first[:1, :, None]:
         with pytest.raises(
             InvalidStateError, match=r"data_list: expected tensors of shape \(n, 4\), got .* as number 1"
         ):
-            combine_data([torch.zeros(2, 4), odd], flatten_batch_dims=flatten)
+            combine_data([first, odd], flatten_batch_dims=flatten)
     with pytest.raises(IndexError, match=r"data_list\[1\]: expected a tensor with at least one dimension"):
         combine_data([torch.zeros(2), torch.tensor(1.0)], flatten_batch_dims=flatten)
 

@@ -117,7 +117,7 @@ def test_pinning_is_that_of_the_tensors(monkeypatch):
     boxes = RaggedBatch(torch.tensor([[1, 2]]), sample_sizes=torch.tensor([1]), non_uniform_dim=1)
     (pinned,) = pin_memory([boxes])
     assert type(pinned) is RaggedBatch
-    assert (pinned.tensor.tolist(), pinned.sample_sizes.tolist(), pinned._mask) == ([[101, 102]], [101], None)
+    assert (pinned.tensor.tolist(), pinned.sample_sizes.tolist(), pinned._extent.mask) == ([[101, 102]], [101], None)
 
 
 # ---- wrapped modules

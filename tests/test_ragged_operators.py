@@ -36,6 +36,7 @@ def inputs(
     values = {
         "data": torch.randint(0, 9, (S, W, *data_dims), generator=generator).to(dtype),
         "entries": torch.randint(0, 9, (S, M, *data_dims), generator=generator).to(dtype),
+        "source": torch.randint(0, 9, (S, 3, *data_dims), generator=generator).to(dtype),
         "values": torch.randint(0, 9, (7, *data_dims), generator=generator).to(dtype),
         "index": index.to(index_dtype),
         "other": other.to(index_dtype),
@@ -84,6 +85,20 @@ def model_of_take(data: Tensor, index: Tensor, sizes: Tensor, *other: Any) -> Te
     return result
 
 
+def model_of_transfer(data: Tensor, source: Tensor, index: Tensor, sizes: Tensor, source_index: Tensor) -> Tensor:
+    result, width = data.clone(), source.shape[1]
+    for s, j, place in used_slots(index, sizes, data.shape[1], source_index, width):
+        result[s, place] = source[s, int(source_index[s, j]) % width]
+    return result
+
+
+def model_of_spread(
+    entries: Tensor, index: Tensor, sizes: Tensor, other: Tensor | None, other_width: int, width: int, filler: float
+) -> Tensor:
+    data = torch.full((entries.shape[0], width, *entries.shape[2:]), filler).to(entries.dtype)
+    return model_of_put(data, entries, index, sizes, other, other_width)
+
+
 def model_of_mark(index: Tensor, sizes: Tensor, width: int) -> Tensor:
     result = torch.zeros(index.shape[0], width, dtype=torch.bool)
     for s, _, place in used_slots(index, sizes, width):
@@ -109,6 +124,10 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple]] = {
     "put-pairs": (operators.put, model_of_put, ("data", "entries", "index", "sizes", "other", 3)),
     "take": (operators.take, model_of_take, ("data", "index", "sizes", None, 0)),
     "take-pairs": (operators.take, model_of_take, ("data", "index", "sizes", "other", 3)),
+    "transfer": (operators.transfer, model_of_transfer, ("data", "source", "index", "sizes", "other")),
+    "spread": (operators.spread, model_of_spread, ("entries", "index", "sizes", None, 0, W, 0)),
+    "spread-filler": (operators.spread, model_of_spread, ("entries", "index", "sizes", None, 0, W, 1)),
+    "spread-pairs": (operators.spread, model_of_spread, ("entries", "index", "sizes", "other", 3, W, 1)),
     "mark": (operators.mark, model_of_mark, ("index", "sizes", W)),
     "pad": (operators.pad, model_of_pad, ("values", "begins", "lengths", N)),
 }
@@ -181,13 +200,15 @@ def test_layouts(device: str, name: str, dtype: torch.dtype):
 def test_without_samples_slots_or_entries(device: str, name: str):
     whole = inputs(device, torch.float32, 2)
     nothing = dict(whole)
-    for key in "data", "entries", "index", "other", "sizes", "begins", "lengths":
+    for key in "data", "entries", "source", "index", "other", "sizes", "begins", "lengths":
         nothing[key] = whole[key][:0]
     assert_is_that_of_the_model(name, nothing)
     no_slots = dict(whole)
     for key in "entries", "index", "other":
         no_slots[key] = whole[key][:, :0]
     assert_is_that_of_the_model(name, no_slots)
+    no_source = whole | {"source": whole["source"][:, :0]}
+    assert_is_that_of_the_model(name, no_source)
     no_entries = whole | {"data": whole["data"][:, :0], "values": whole["values"][:0]}
     if name != "mark" and name != "sum":
         assert_is_that_of_the_model(name, no_entries)
@@ -200,8 +221,10 @@ def test_fillers(device: str, filler: float, dtype: torch.dtype):
     if not dtype.is_floating_point and not dtype.is_complex and not math.isfinite(filler):
         return  # no integer
     values = inputs(device, dtype, 3)
-    result = operators.gather(values["data"], values["index"], torch.zeros_like(values["sizes"]), filler)
-    assert same(result, torch.full((S, M, 3), filler, dtype=dtype))
+    index, sizes = values["index"], torch.zeros_like(values["sizes"])
+    assert same(operators.gather(values["data"], index, sizes, filler), torch.full((S, M, 3), filler, dtype=dtype))
+    spread = operators.spread(values["entries"], index, sizes, None, 0, W, filler)
+    assert same(spread, torch.full((S, W, 3), filler, dtype=dtype))
 
 
 @pytest.mark.interpreted

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saccade import registration
 from saccade.focal_loss import api, sigmoid_focal_loss
+from saccade.gaussian_heatmap import draw_heatmap
 
 OF_CPU_TENSORS = registration._keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
 
@@ -95,6 +96,18 @@ def test_python_integers_are_numbers(dispatched):
     actual = sigmoid_focal_loss(logits, labels, alpha=0, gamma=2, avg_factor=3)
     expected = sigmoid_focal_loss(logits, labels, alpha=0.0, gamma=2.0, avg_factor=3.0)
     assert torch.equal(actual, expected)
+
+
+def test_what_is_written_in_place_has_a_new_version(dispatched):
+    heatmap = torch.zeros(1, 2, 3)
+    scale = torch.ones((), requires_grad=True)
+    product = (heatmap * scale).sum()  # saves the heatmap
+    zero = torch.tensor([0])
+    draw_heatmap(heatmap, torch.tensor([[1, 1]]), zero, zero)
+    assert dispatched == []
+    assert heatmap.sum() == 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
 
 
 def test_dispatch_modes_see_the_operator(dispatched):

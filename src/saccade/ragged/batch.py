@@ -30,6 +30,18 @@ class _Parts:
     non_uniform_dim: int
 
 
+class _Extent:
+    """Which entries are valid, in one object for all batches where these are the same.
+
+    What is not known yet is computed when first asked for, by any of them and for all.
+    """
+
+    def __init__(self, mask: Tensor | None, sample_sizes: Tensor | None):
+        self.mask = mask
+        self.sample_sizes = sample_sizes
+        self.total_num_entries: int | None = None
+
+
 class RaggedBatch(_Parts):
     """A batch whose samples have different numbers of entries, stored as one padded tensor.
 
@@ -82,37 +94,38 @@ class RaggedBatch(_Parts):
             require_tensor("mask", mask)
         if sample_sizes is not None:
             require_tensor("sample_sizes", sample_sizes)
-            self._num_batch_dims = sample_sizes.dim()
+            num_batch_dims = sample_sizes.dim()
         elif mask is not None:
-            self._num_batch_dims = mask.dim() - 1
+            num_batch_dims = mask.dim() - 1
         else:
             raise InvalidArgumentError("mask: expected a mask or sample_sizes, got neither")
-        if self._num_batch_dims < 1:
+        if num_batch_dims < 1:
             raise InvalidArgumentError("sample_sizes: expected at least one batch dimension, got none")
         if non_uniform_dim is None:
-            non_uniform_dim = self._num_batch_dims
-        _require_non_uniform_dim(non_uniform_dim, self._num_batch_dims, tensor)
+            non_uniform_dim = num_batch_dims
+        _require_non_uniform_dim(non_uniform_dim, num_batch_dims, tensor)
         self._tensor = tensor
-        self._mask = mask
-        self._sample_sizes = sample_sizes
+        self._num_batch_dims = num_batch_dims
         self._non_uniform_dim = non_uniform_dim
-        self._total_num_entries: int | None = None
-        self._require_part("mask", mask, (*self.batch_shape, self.max_sample_size))
-        self._require_part("sample_sizes", sample_sizes, self.batch_shape)
+        self._extent = _Extent(mask, sample_sizes)
+        shape = tensor.shape
+        batch_shape = shape[:num_batch_dims]
+        if mask is not None:
+            self._require_part("mask", mask, (*batch_shape, shape[non_uniform_dim]))
+        if sample_sizes is not None:
+            self._require_part("sample_sizes", sample_sizes, batch_shape)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _register_as_tree_node(cls)
 
-    def _require_part(self, name: str, part: Tensor | None, shape: tuple[int, ...]) -> None:
-        if part is None:
-            return
+    def _require_part(self, name: str, part: Tensor, shape: tuple[int, ...]) -> None:
         if part.shape != shape:
             raise InvalidArgumentError(
                 f"{name}: expected shape {tuple(shape)} for a tensor of shape {tuple(self.shape)}, "
                 f"got {tuple(part.shape)}"
             )
-        if part.device != self.device:
+        if part.device != self._tensor.device:
             raise InvalidArgumentError(f"{name}: expected device {self.device}, that of tensor, got {part.device}")
 
     @classmethod
@@ -209,22 +222,22 @@ class RaggedBatch(_Parts):
     @property
     def mask(self) -> Tensor:
         """(*B, N) bool, true for valid entries."""
-        if self._mask is not None:
-            return self._mask
-        position = torch.arange(self.max_sample_size, device=self.device)
-        mask = position < self.sample_sizes.long()[..., None]
-        if may_be_kept(mask):
-            self._mask = mask
+        mask = self._extent.mask
+        if mask is None:
+            position = torch.arange(self.max_sample_size, device=self.device)
+            mask = position < self.sample_sizes.long()[..., None]
+            if may_be_kept(mask):
+                self._extent.mask = mask
         return mask
 
     @property
     def sample_sizes(self) -> Tensor:
         """(*B) number of valid entries of each sample."""
-        if self._sample_sizes is not None:
-            return self._sample_sizes
-        sample_sizes = self.mask.count_nonzero(-1)
-        if may_be_kept(sample_sizes):
-            self._sample_sizes = sample_sizes
+        sample_sizes = self._extent.sample_sizes
+        if sample_sizes is None:
+            sample_sizes = self.mask.count_nonzero(-1)
+            if may_be_kept(sample_sizes):
+                self._extent.sample_sizes = sample_sizes
         return sample_sizes
 
     @property
@@ -255,9 +268,9 @@ class RaggedBatch(_Parts):
     @property
     def total_num_entries(self) -> int:
         """Sum of all sample sizes; the first call waits for the device."""
-        if self._total_num_entries is None:
-            self._total_num_entries = int(self.sample_sizes.long().sum())
-        return self._total_num_entries
+        if self._extent.total_num_entries is None:
+            self._extent.total_num_entries = int(self.sample_sizes.long().sum())
+        return self._extent.total_num_entries
 
     @property
     def device(self) -> torch.device:
@@ -313,8 +326,8 @@ class RaggedBatch(_Parts):
 
         parts = {
             "tensor": self._tensor,
-            "mask": self._mask,
-            "sample_sizes": self._sample_sizes,
+            "mask": self._extent.mask,
+            "sample_sizes": self._extent.sample_sizes,
             "non_uniform_dim": self._non_uniform_dim,
             "batch_shape": tuple(self.batch_shape),
         }
@@ -345,10 +358,33 @@ class RaggedBatch(_Parts):
             non_uniform_dim += tensor.dim()
         if device is not None:
             tensor = tensor.to(device)
+        if tensor.device == self._tensor.device:
+            return self._with_tensor(tensor, non_uniform_dim)
         created = type(self)(tensor, self.mask.to(tensor.device), self.sample_sizes.to(tensor.device), non_uniform_dim)
-        if not torch.compiler.is_compiling():  # else the number becomes a constant of the compiled code
-            created._total_num_entries = self._total_num_entries
+        self._hand_total_to(created)
         return created
+
+    def _with_tensor(self, tensor: Tensor, non_uniform_dim: int) -> "RaggedBatch":
+        """A batch of other data on the same device, whose mask and sizes are these, computed or not."""
+        if type(self) is not RaggedBatch or not self._fits(tensor, non_uniform_dim):
+            return type(self)(tensor, self.mask, self.sample_sizes, non_uniform_dim)  # which says what does not fit
+        created = object.__new__(RaggedBatch)
+        created._tensor, created._non_uniform_dim = tensor, non_uniform_dim
+        created._num_batch_dims, created._extent = self._num_batch_dims, self._extent
+        return created
+
+    def _fits(self, tensor: Tensor, non_uniform_dim: int) -> bool:
+        batch_dims, own, shape = self._num_batch_dims, self._tensor.shape, tensor.shape
+        return (
+            batch_dims <= non_uniform_dim < len(shape)
+            and shape[non_uniform_dim] == own[self._non_uniform_dim]
+            and shape[:batch_dims] == own[:batch_dims]
+            and tensor.device == self._tensor.device
+        )
+
+    def _hand_total_to(self, moved: "RaggedBatch") -> None:
+        if not torch.compiler.is_compiling():  # else the number becomes a constant of the compiled code
+            moved._extent.total_num_entries = self._extent.total_num_entries
 
     def as_self_with_cloned_data(self) -> "RaggedBatch":
         """A batch on a copy of ``tensor``, through which gradients flow; mask and sizes are shared.
@@ -445,11 +481,12 @@ class RaggedBatch(_Parts):
             arguments.append(self.sample_sizes)
         result = proc_step(*arguments)
         if isinstance(result, tuple):
-            return tuple(self._with_tensor(tensor) for tensor in result)
-        return self._with_tensor(result)
+            return tuple(self._with_result(tensor) for tensor in result)
+        return self._with_result(result)
 
-    def _with_tensor(self, tensor: Tensor) -> "RaggedBatch":
-        return type(self)(tensor, self.mask, self.sample_sizes, self._non_uniform_dim)
+    def _with_result(self, tensor: Tensor) -> "RaggedBatch":
+        require_tensor("tensor", tensor)
+        return self._with_tensor(tensor, self._non_uniform_dim)
 
     def set_tensor(self, tensor: Tensor) -> None:
         """Replace the data of this batch by others of the same batch dimensions, width and device.
@@ -557,10 +594,11 @@ class RaggedBatch(_Parts):
 
     def _with_batch_dims(self, num_batch_dims: int, change: Callable[[Tensor], Tensor]) -> "RaggedBatch":
         """A batch with tensor, mask and sizes changed alike in their batch dimensions; what is not there stays so."""
+        mask, sample_sizes = self._extent.mask, self._extent.sample_sizes
         return type(self)(
             change(self._tensor),
-            None if self._mask is None else change(self._mask),
-            None if self._sample_sizes is None else change(self._sample_sizes),
+            None if mask is None else change(mask),
+            None if sample_sizes is None else change(sample_sizes),
             self._non_uniform_dim - self._num_batch_dims + num_batch_dims,
         )
 
@@ -776,14 +814,14 @@ class RaggedBatch(_Parts):
         return self._moved(self._tensor.pin_memory(), lambda part: part.pin_memory())
 
     def _moved(self, tensor: Tensor, move: Callable[[Tensor], Tensor]) -> "RaggedBatch":
+        mask, sample_sizes = self._extent.mask, self._extent.sample_sizes
         moved = type(self)(
             tensor,
-            None if self._mask is None else move(self._mask),
-            None if self._sample_sizes is None else move(self._sample_sizes),
+            None if mask is None else move(mask),
+            None if sample_sizes is None else move(sample_sizes),
             self._non_uniform_dim,
         )
-        if not torch.compiler.is_compiling():
-            moved._total_num_entries = self._total_num_entries
+        self._hand_total_to(moved)
         return moved
 
     def detach(self) -> "RaggedBatch":
@@ -898,9 +936,9 @@ def _register_as_tree_node(cls: type[RaggedBatch]) -> None:
 
     def unflatten(values: Any, dims: tuple[int, int]) -> RaggedBatch:
         batch = object.__new__(cls)
-        batch._tensor, batch._mask, batch._sample_sizes = values
+        batch._tensor, mask, sample_sizes = values
         batch._num_batch_dims, batch._non_uniform_dim = dims
-        batch._total_num_entries = None
+        batch._extent = _Extent(mask, sample_sizes)
         return batch
 
     pytree.register_pytree_node(
@@ -916,7 +954,7 @@ def _register_as_tree_node(cls: type[RaggedBatch]) -> None:
 
 _register_as_tree_node(RaggedBatch)
 # So that torch.load, and with it torch.export.load, takes batches out of files without trusting these.
-torch.serialization.add_safe_globals([RaggedBatch])
+torch.serialization.add_safe_globals([RaggedBatch, _Extent])
 
 
 def _require_non_uniform_dim(

@@ -68,9 +68,11 @@ def combine_data(
         raise TypeError(f"other_with_same_sample_sizes: expected a RaggedBatch or None, got {got}")
     leaves = _leaves(data_list, "data_list")
     batch_shape = [len(leaves)] if flatten_batch_dims else _nesting_shape(data_list, "data_list")
-    shapes = [leaf.shape for leaf in leaves]
-    reference = next((leaf for leaf in leaves if leaf.numel()), leaves[0] if leaves else torch.empty(0))
-    width = max([0, *(shape[0] for shape in shapes)])
+    sizes = [leaf.shape[0] for leaf in leaves]
+    reference = next((leaf for leaf in leaves if leaf.numel()), None)
+    if reference is None:
+        reference = leaves[0] if leaves else torch.empty(0)
+    width = max(sizes) if sizes else 0
     if other_with_same_sample_sizes is not None and not flatten_batch_dims:
         if width > other_with_same_sample_sizes.max_sample_size:
             raise InvalidStateError(
@@ -80,32 +82,27 @@ def combine_data(
         width = other_with_same_sample_sizes.max_sample_size
 
     target = reference.device if device is None else torch.empty(0, device=device).device  # "cuda" with its number
-    trailing, dtype = reference.shape[1:], reference.dtype
-    sizes, pieces = [], []
-    for number, (leaf, shape) in enumerate(zip(leaves, shapes, strict=True)):
-        if leaf.numel() == 0:
-            leaf, shape = leaf.reshape(0, *trailing), (0, *trailing)
-        elif shape[1:] != trailing:
-            raise InvalidStateError(
-                f"data_list: expected tensors of shape (n, {', '.join(map(str, trailing))}), got {tuple(shape)} as "
-                f"number {number}"
-            )
-        sizes.append(shape[0])
-        pieces.append(leaf if leaf.dtype == dtype else leaf.to(dtype))
-    if len({leaf.device for leaf in leaves}) > 1:
-        pieces = [piece.to(target) for piece in pieces]
+    by_operator = len(leaves) > 0 and reference.device == target and operators.serve(reference)
+    values = _joined_as_they_are(leaves, reference) if by_operator else None
+    pieces = leaves
+    if values is None:
+        pieces = _made_alike(leaves, reference, target)
+        sizes = [piece.shape[0] for piece in pieces]
+        values = torch.cat(pieces) if by_operator else None
     # One copy of everything, and one to the device, rather than one for each tensor.
     page_locked = target.type == "cuda" and not torch.compiler.is_compiling()
-    if pieces and pieces[0].device == target and operators.serve(*pieces):
+    if values is not None and operators.serve(values):  # not if torch.func transforms any of the tensors
         numbers = torch.tensor([sizes, [0, *accumulate(sizes[:-1])]], dtype=torch.int64, pin_memory=page_locked)
-        sample_sizes, begins = numbers.to(target, non_blocking=True)
-        tensor = operators.pad(torch.cat(pieces), begins, sample_sizes, width)
+        sample_sizes, begins = numbers.to(target, non_blocking=True).unbind()
+        tensor = operators.pad(values, begins, sample_sizes, width)
     else:
         sample_sizes = torch.tensor(sizes, dtype=torch.int64, pin_memory=page_locked)
-        tensor = _end_to_end(pieces, sizes, width, trailing, reference, page_locked)
+        tensor = _end_to_end(pieces, sizes, width, reference, page_locked)
         tensor = tensor.to(target, non_blocking=tensor.device.type == "cpu")
+        tensor = tensor.view(len(pieces), width, *reference.shape[1:])
         sample_sizes = sample_sizes.to(target, non_blocking=True)
-    tensor = tensor.view(*batch_shape, width, *trailing)
+    if not flatten_batch_dims:
+        tensor, sample_sizes = tensor.view(*batch_shape, *tensor.shape[1:]), sample_sizes.view(batch_shape)
     if other_with_same_sample_sizes is not None:
         other_shape = (*other_with_same_sample_sizes.batch_shape, other_with_same_sample_sizes.max_sample_size)
         if (*batch_shape, width) != other_shape:
@@ -114,18 +111,50 @@ def combine_data(
                 f"got {other_shape}"
             )
         return other_with_same_sample_sizes.create_with_sample_sizes_like_self(tensor, len(batch_shape))
-    return RaggedBatch(tensor, sample_sizes=sample_sizes.view(batch_shape))
+    return RaggedBatch(tensor, sample_sizes=sample_sizes)
+
+
+def _joined_as_they_are(leaves: list[Tensor], reference: Tensor) -> Tensor | None:
+    """(T, *D) all entries, or None if the tensors must be made alike first.
+
+    That PyTorch joins them costs less to find out than by looking at each of many tensors for what it would refuse.
+    """
+    if torch.compiler.is_compiling() or reference.numel() == 0:
+        return None
+    try:
+        values = torch.cat(leaves)
+    except RuntimeError:  # data dimensions or devices
+        return None
+    return values if values.dtype == reference.dtype else None
+
+
+def _made_alike(leaves: list[Tensor], reference: Tensor, target: torch.device) -> list[Tensor]:
+    """The tensors in one dtype and on one device; those without elements without entries."""
+    trailing = reference.shape[1:]
+    pieces = []
+    for number, leaf in enumerate(leaves):
+        if leaf.numel() == 0:
+            leaf = leaf.reshape(0, *trailing)
+        elif leaf.shape[1:] != trailing:
+            raise InvalidStateError(
+                f"data_list: expected tensors of shape (n, {', '.join(map(str, trailing))}), got {tuple(leaf.shape)} "
+                f"as number {number}"
+            )
+        pieces.append(leaf if leaf.dtype == reference.dtype else leaf.to(reference.dtype))
+    if len({leaf.device for leaf in leaves}) > 1:
+        pieces = [piece.to(target) for piece in pieces]
+    return pieces
 
 
 def _end_to_end(
     pieces: list[Tensor],  # (n, *D) each
     sizes: list[int],
     width: int,
-    trailing: torch.Size,  # *D
-    reference: Tensor,
+    reference: Tensor,  # (n, *D)
     page_locked: bool,
 ) -> Tensor:
     """(S * N, *D) all samples, each padded with 0; autograd has no page-locked concatenation."""
+    trailing = reference.shape[1:]
     like = pieces[0] if pieces else reference
     padding = torch.zeros((width, *trailing), dtype=like.dtype, device=like.device)
     padded = [part for piece, size in zip(pieces, sizes, strict=True) for part in (piece, padding[size:])]

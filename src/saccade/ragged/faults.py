@@ -17,12 +17,14 @@ def values_may_be_read(tensor: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or type(tensor) is not Tensor:
         return False
+    if tensor.is_cuda and not debug_checks_enabled():
+        return False
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # pyright: ignore[reportAttributeAccessIssue]
         return False
     if torch._is_functional_tensor(tensor):  # pyright: ignore[reportPrivateImportUsage]
         return False
     if tensor.is_cuda:
-        return debug_checks_enabled() and not torch.cuda.is_current_stream_capturing()
+        return not torch.cuda.is_current_stream_capturing()
     return tensor.device.type == "cpu"
 
 

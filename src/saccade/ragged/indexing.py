@@ -3,8 +3,8 @@
 On a GPU nothing here waits for the device, so an index out of range is skipped there, unless ``saccade.debug_checks``
 asks to wait and raise. Compiled code skips it on every device. No memory is touched through such an index.
 
-On a GPU each of these functions calls an operator with a Triton kernel, ``batched_index_mapping`` two; on the CPU they
-are made of PyTorch's operators.
+On a GPU each of these functions calls one operator with a Triton kernel; on the CPU they are made of PyTorch's
+operators.
 """
 
 import torch
@@ -117,9 +117,13 @@ def batched_inverse_indexing_access(
     _require_count("output_num_targets", output_num_targets)
     data = _padded("input_data", input_data, output_indices, dim)
     data = _first_entries("input_data", data, output_indices)
-    background = torch.full((), filler_value, dtype=data.dtype, device=data.device)
-    background = background.expand(data.shape[0], output_num_targets, *data.shape[2:])
-    return _unpadded(_written("output_indices", output_indices, background, data), output_indices, dim)
+    if operators.serve(data):
+        index, sizes = _for_operator("output_indices", output_indices, output_num_targets)
+        spread = operators.spread(data, index, sizes, None, 0, output_num_targets, filler_value)
+    else:
+        background = operators.filled_with(filler_value, data, output_num_targets)
+        spread = put_entries(background, *_used("output_indices", output_indices, output_num_targets), data)
+    return _unpadded(spread, output_indices, dim)
 
 
 def batched_indexing_write(
@@ -167,7 +171,12 @@ def batched_indexing_write(
     data = _padded("to_write_into", to_write_into, output_indices, dim)
     _require_same_data_dims("to_write", entries, "to_write_into", data)
     entries = _first_entries("to_write", entries, output_indices)
-    written = _unpadded(_written("output_indices", output_indices, data, entries), output_indices, dim)
+    if operators.serve(entries, data):
+        index, sizes = _for_operator("output_indices", output_indices, data.shape[1])
+        written = operators.put(data, entries, index, sizes, None, 0)
+    else:
+        written = put_entries(data, *_used("output_indices", output_indices, data.shape[1]), entries)
+    written = _unpadded(written, output_indices, dim)
     if isinstance(to_write_into, RaggedBatch):
         return to_write_into.create_with_sample_sizes_like_self(written)
     return written
@@ -246,8 +255,7 @@ def batched_index_mapping(
     if operators.serve(source, target):
         source_index, sizes = _for_operator("source_indices", source_indices, source.shape[1])
         target_index, sizes = _for_operator("target_indices", target_indices, target.shape[1], sizes)
-        entries = operators.gather(source, source_index, sizes, 0)
-        written = operators.put(target, entries, target_index, sizes, source_index, source.shape[1])
+        written = operators.transfer(target, source, target_index, sizes, source_index)
     else:
         used, source_index = _used("source_indices", source_indices, source.shape[1])
         used, target_index = _used("target_indices", target_indices, target.shape[1], used)
@@ -288,20 +296,13 @@ def get_mask_from_indices(mask_num_targets: int, indices: RaggedBatch) -> Tensor
     _require_indices("indices", indices)
     _require_count("mask_num_targets", mask_num_targets)
     if operators.serve(indices.tensor):
-        mask = operators.mark(*_for_operator("indices", indices, mask_num_targets), mask_num_targets)
-        return mask.reshape(*indices.batch_shape, mask_num_targets)
+        index, sizes = _for_operator("indices", indices, mask_num_targets)
+        return _unpadded(operators.mark(index, sizes, mask_num_targets), indices, indices.num_batch_dims)
     used, index = _used("indices", indices, mask_num_targets)
     count = used.shape[0] * mask_num_targets
     mask = torch.zeros(count + 1, dtype=torch.bool, device=indices.device)
     mask = mask.scatter(0, place_of(used, index, mask_num_targets).flatten(), True)
     return mask[:count].view(*indices.batch_shape, mask_num_targets)
-
-
-def _written(name: str, indices: RaggedBatch, data: Tensor, entries: Tensor) -> Tensor:
-    """A copy of (S, W, *D) data with the entries (S, M, *D) written to it."""
-    if operators.serve(entries, data):
-        return operators.put(data, entries, *_for_operator(name, indices, data.shape[1]), None, 0)
-    return put_entries(data, *_used(name, indices, data.shape[1]), entries)
 
 
 def _for_operator(
@@ -314,7 +315,7 @@ def _for_operator(
     batch_dims = indices.num_batch_dims
     index = flatten_samples(indices.tensor, batch_dims)
     if sizes is None:
-        sizes = indices.sample_sizes if batch_dims == 1 else indices.sample_sizes.flatten()
+        sizes = flatten_samples(indices.sample_sizes, batch_dims)
     if values_may_be_read(index):
         within, in_range, _ = resolved(index, sizes, width)
         require_in_range(name, index, within & ~in_range, width)
@@ -338,17 +339,17 @@ def _used(
 
 def _padded(name: str, data: Tensor | RaggedBatch, indices: RaggedBatch, dim: int) -> Tensor:
     """Data of the same batch dimensions as the indices, as (S, W, *D) with W from ``dim``."""
-    _require_data(name, data)
-    _require_device(name, data, "the indices", indices)
     tensor = data.tensor if isinstance(data, RaggedBatch) else data
-    batch_dims = indices.num_batch_dims
-    if tensor.dim() <= batch_dims or tensor.shape[:batch_dims] != indices.batch_shape:
+    require_tensor(name, tensor)
+    _require_device(name, tensor, "the indices", indices)
+    batch_dims, shape = indices.num_batch_dims, tensor.shape
+    if len(shape) <= batch_dims or shape[:batch_dims] != indices.batch_shape:
         raise InvalidStateError(
             f"{name}: expected the batch dimensions of the indices, {tuple(indices.batch_shape)}, and at least one "
-            f"more, got shape {tuple(tensor.shape)}"
+            f"more, got shape {tuple(shape)}"
         )
-    if dim >= tensor.dim():
-        raise IndexError(f"dim_to_index_in: expected a dimension of {name}, which has {tensor.dim()}, got {dim}")
+    if dim >= len(shape):
+        raise IndexError(f"dim_to_index_in: expected a dimension of {name}, which has {len(shape)}, got {dim}")
     return flatten_samples(tensor if dim == batch_dims else tensor.transpose(batch_dims, dim), batch_dims)
 
 
@@ -362,12 +363,12 @@ def _unpadded(tensor: Tensor, indices: RaggedBatch, dim: int) -> Tensor:
 
 def _first_entries(name: str, entries: Tensor, indices: RaggedBatch) -> Tensor:
     """As many entries of (S, M, *D) as there are slots for indices."""
-    slots = indices.max_sample_size
-    if entries.shape[1] < slots:
+    slots, got = indices.max_sample_size, entries.shape[1]
+    if got < slots:
         raise InvalidStateError(
-            f"{name}: expected at least as many entries as there are slots for indices, {slots}, got {entries.shape[1]}"
+            f"{name}: expected at least as many entries as there are slots for indices, {slots}, got {got}"
         )
-    return entries[:, :slots]
+    return entries if got == slots else entries[:, :slots]
 
 
 def _dim_to_index_in(dim: int | None, indices: RaggedBatch) -> int:
@@ -387,8 +388,9 @@ def _require_ragged(name: str, value: RaggedBatch) -> None:
 
 def _require_indices(name: str, indices: RaggedBatch) -> None:
     _require_ragged(name, indices)
-    require_integer(name, indices.tensor)
-    if indices.dim() != indices.num_batch_dims + 1:
+    tensor = indices.tensor
+    require_integer(name, tensor)
+    if tensor.dim() != indices.num_batch_dims + 1:
         raise InvalidStateError(_expected_no_data_dims(name, indices))
 
 

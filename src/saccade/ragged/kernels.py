@@ -12,6 +12,7 @@ indices, which stay in the cache, once for each tile.
 """
 
 from functools import lru_cache
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -30,8 +31,26 @@ from saccade.kernel_launch import (
 
 _KEPT_LAUNCHES = 256  # prepared: as many shapes as a training run with batches of changing widths may mix
 _WORD = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_TRITON_WORD = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64, 16: tl.int64}
+# Triton has pointers to these; the kernels themselves make of them pointers to words, without the cost of a view.
+_HAVE_POINTERS = frozenset(
+    (
+        *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+    )
+)
 _MOST_COMPARISONS = 2**30  # of an index with an entry or another index: some 100 us
 _MOST_SLOTS_SUMMED = 2**13  # one program adds up all of them if they point to one entry
+
+
+@triton.jit
+def _to_words(pointer, WORD: tl.constexpr):
+    return pointer.to(tl.pointer_type(WORD), bitcast=True)
+
+
+@triton.jit
+def _fillers(filler, d, WORD: tl.constexpr):
+    return tl.where(d % 2 == 0, filler[0], filler[1]).to(WORD)
 
 
 @triton.jit
@@ -64,7 +83,7 @@ def _last_slots(
 @LaunchedKernel
 @triton.jit
 def _gather_kernel(
-    data,  # (S, W, D) words
+    data,  # (S, W, D)
     index,  # (S, M)
     sizes,  # (S,)
     other,  # (S, M) or None: a slot is used only if this index is in range, too
@@ -80,6 +99,7 @@ def _gather_kernel(
     other_steps,
     sizes_step,
     filler,  # the even and the odd words of what unused slots hold
+    WORD: tl.constexpr,
     LAST: tl.constexpr,  # of the slots that point to one entry, only the last is used
     POSITION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -88,6 +108,7 @@ def _gather_kernel(
     OVERLAP: tl.constexpr,
 ):
     wait_for_kernel_before(OVERLAP)
+    data, output = _to_words(data, WORD), _to_words(output, WORD)
     program = tl.program_id(0)
     position = (program // inner_tiles).to(POSITION) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = position < total
@@ -113,8 +134,7 @@ def _gather_kernel(
     row = data + sample * data_steps[0] + tl.where(used, place, 0) * data_steps[1]
     at = row[:, None] + d[None, :].to(tl.int64) * data_steps[2]
     words = tl.load(at, mask=used[:, None] & (d < inner)[None, :])
-    fillers = tl.where(d % 2 == 0, filler[0], filler[1]).to(output.dtype.element_ty)
-    words = tl.where(used[:, None], words, fillers[None, :])
+    words = tl.where(used[:, None], words, _fillers(filler, d, WORD)[None, :])
     at = output + position.to(tl.int64)[:, None] * inner + d[None, :]
     tl.store(at, words, mask=exists[:, None] & (d < inner)[None, :])
 
@@ -174,8 +194,8 @@ def _sum_kernel(
 @LaunchedKernel
 @triton.jit
 def _put_kernel(
-    data,  # (S, W, D) words
-    entries,  # (S, M, D) words
+    entries,  # (S, M, D), or (S, other_width, D) with FROM_OTHER
+    data,  # (S, W, D) or None: then what lies around the entries is the filler
     index,  # (S, M)
     sizes,  # (S,)
     other,  # (S, M) or None: a slot is used only if this index is in range, too
@@ -185,17 +205,21 @@ def _put_kernel(
     width_tiles,
     other_width,
     inner,
-    data_steps,
     entry_steps,
+    data_steps,
     index_steps,
     other_steps,
     sizes_step,
+    filler,  # its even and its odd words
+    FROM_OTHER: tl.constexpr,  # the other index says which entry to write, rather than the slot
+    WORD: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     wait_for_kernel_before(OVERLAP)
+    entries, output = _to_words(entries, WORD), _to_words(output, WORD)
     program = tl.program_id(0)
     sample = (program // width_tiles).to(tl.int64)
     first = (program % width_tiles) * BLOCK_W
@@ -210,13 +234,20 @@ def _put_kernel(
     position = first.to(tl.int64) + tl.arange(0, BLOCK_W)
     written = (last >= 0) & (position < width)
     kept = (last < 0) & (position < width)
-    old = data + sample * data_steps[0] + position * data_steps[1]
-    new = entries + sample * entry_steps[0] + tl.where(written, last, 0).to(tl.int64) * entry_steps[1]
+    if data is not None:
+        old = _to_words(data, WORD) + sample * data_steps[0] + position * data_steps[1]
+    which = tl.where(written, last, 0).to(tl.int64)
+    if FROM_OTHER:
+        which = _place(of_other + which * other_steps[1], written, other_width)[0]
+    new = entries + sample * entry_steps[0] + which * entry_steps[1]
     to = output + (sample * width + position) * inner
     for start in range(0, inner, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D).to(tl.int64)
         exists = (d < inner)[None, :]
-        of_data = tl.load(old[:, None] + d[None, :] * data_steps[2], mask=kept[:, None] & exists)
+        if data is None:
+            of_data = _fillers(filler, d, WORD)[None, :]
+        else:
+            of_data = tl.load(old[:, None] + d[None, :] * data_steps[2], mask=kept[:, None] & exists)
         of_entries = tl.load(new[:, None] + d[None, :] * entry_steps[2], mask=written[:, None] & exists)
         words = tl.where(written[:, None], of_entries, of_data)
         tl.store(to[:, None] + d[None, :], words, mask=(position < width)[:, None] & exists)
@@ -251,7 +282,7 @@ def _mark_kernel(
 @LaunchedKernel
 @triton.jit
 def _pad_kernel(
-    values,  # (T, D) words
+    values,  # (T, D)
     begins,  # (S,) int64
     sizes,  # (S,) int64
     output,  # (S, N, D) contiguous
@@ -263,12 +294,14 @@ def _pad_kernel(
     value_steps,
     begins_step,
     sizes_step,
+    WORD: tl.constexpr,
     POSITION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     wait_for_kernel_before(OVERLAP)
+    values, output = _to_words(values, WORD), _to_words(output, WORD)
     program = tl.program_id(0)
     position = (program // inner_tiles).to(POSITION) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = position < total
@@ -295,22 +328,27 @@ def _position_dtype(total: int, block: int) -> tl.dtype:
 
 @lru_cache(_KEPT_LAUNCHES)
 def _prepare_gather(
-    shape: tuple[int, int, int, int],  # S, M, W, D
+    shape: tuple[int, ...],  # S, W, *D
     data_steps: tuple[int, ...],
-    index_steps: tuple[int, ...],
-    other_steps: tuple[int, ...],
+    index_shape: tuple[int, int],
+    index_steps: tuple[int, int],
+    other_steps: tuple[int, int],
     other_width: int,
-    sizes_step: int,
+    sizes_steps: tuple[int],
     filler: tuple[int, int],
     last: bool,
+    dtype: torch.dtype,
     device: torch.device,
-) -> PreparedLaunch:
-    samples, slots, width, inner = shape
+) -> tuple[PreparedLaunch, tuple[int, ...]]:
+    """The launch, and the shape of its result."""
+    _, width, *trailing = shape
+    samples, slots = index_shape
+    inner = _words(trailing, dtype)
     block_m, block_d = _tile(samples * slots, inner)
     if last:
         block_m = min(block_m, 64)
     inner_tiles = triton.cdiv(inner, block_d)
-    return _gather_kernel.prepare(
+    launch = _gather_kernel.prepare(
         (triton.cdiv(samples * slots, block_m) * inner_tiles,),
         samples * slots,
         slots,
@@ -318,11 +356,12 @@ def _prepare_gather(
         other_width,
         inner,
         inner_tiles,
-        data_steps,
+        _of_three_axes(data_steps),
         index_steps,
         other_steps,
-        sizes_step,
+        *sizes_steps,
         filler,
+        WORD=_TRITON_WORD[dtype.itemsize],
         LAST=last,
         POSITION=_position_dtype(samples * slots, block_m),
         BLOCK_M=block_m,
@@ -331,6 +370,7 @@ def _prepare_gather(
         num_warps=4,
         **overlapping(device),
     )
+    return launch, (samples, slots, *trailing)
 
 
 def gather(
@@ -347,19 +387,21 @@ def gather(
     With ``other``, a slot is used only if that index is in range, too. With ``last``, of the slots that point to one
     entry only the last is used.
     """
-    output = torch.empty((*index.shape, *data.shape[2:]), dtype=data.dtype, device=data.device)
-    words, sizes = _as_words(data), _as_signed(sizes)
-    launch = _prepare_gather(
-        (*index.shape, words.shape[1], words.shape[2]),
+    words, sizes, dtype = _as_words(data), _as_signed(sizes), data.dtype
+    launch, shape = _prepare_gather(
+        data.shape,
         words.stride(),
+        index.shape,
         index.stride(),
         (0, 0) if other is None else other.stride(),
         other_width,
-        sizes.stride(0),
-        (0, 0) if type(filler) is int and filler == 0 else _words_of(filler, str(filler), data.dtype),
+        sizes.stride(),
+        _words_of(filler, str(filler), dtype),
         last,
+        dtype,
         data.device,
     )
+    output = data.new_empty(shape)
     with on_device_of(data):
         launch((words, index, sizes, other, _as_words(output)))
     return output
@@ -372,33 +414,37 @@ def takes_fast(index: Tensor) -> bool:
 
 @lru_cache(_KEPT_LAUNCHES)
 def _prepare_sum(
-    shape: tuple[int, int, int, int],  # S, M, W, D
+    shape: tuple[int, ...],  # S, M, *D
     entry_steps: tuple[int, ...],
-    index_steps: tuple[int, ...],
-    sizes_step: int,
+    index_steps: tuple[int, int],
+    sizes_steps: tuple[int],
+    width: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> PreparedLaunch:
-    samples, slots, width, inner = shape
+) -> tuple[PreparedLaunch, tuple[int, ...]]:
+    """The launch, and the shape of its result."""
+    samples, slots, *trailing = shape
+    inner = _numbers(trailing, dtype)
     block_w, block_d = _sum_tile(inner)
     width_tiles, inner_tiles = triton.cdiv(width, block_w), triton.cdiv(inner, block_d)
-    return _sum_kernel.prepare(
+    launch = _sum_kernel.prepare(
         (samples * width_tiles * inner_tiles,),
         slots,
         width,
         width_tiles,
         inner,
         inner_tiles,
-        entry_steps,
+        _of_three_axes(entry_steps),
         index_steps,
-        sizes_step,
-        COMPUTE=TRITON_DTYPE[dtype],
+        *sizes_steps,
+        COMPUTE=TRITON_DTYPE[dtype.to_real()],
         BLOCK_W=block_w,
         BLOCK_D=block_d,
         BLOCK_M=min(max(triton.next_power_of_2(slots), 16), 128),
         num_warps=1,
         **overlapping(device),
     )
+    return launch, (samples, width, *trailing)
 
 
 def _sum_tile(inner: int) -> tuple[int, int]:
@@ -413,69 +459,79 @@ def sum_entries(
     width: int,
 ) -> Tensor:  # (S, W, *D), not empty
     """Of each entry the sum of all that is meant for it, in the order of the slots."""
-    output = torch.empty((index.shape[0], width, *entries.shape[2:]), dtype=entries.dtype, device=entries.device)
     numbers, sizes = _as_numbers(entries), _as_signed(sizes)
-    launch = _prepare_sum(
-        (*index.shape, width, numbers.shape[2]),
-        numbers.stride(),
-        index.stride(),
-        sizes.stride(0),
-        numbers.dtype,
-        entries.device,
+    launch, shape = _prepare_sum(
+        entries.shape, numbers.stride(), index.stride(), sizes.stride(), width, entries.dtype, entries.device
     )
+    output = entries.new_empty(shape)
     with on_device_of(entries):
         launch((numbers, index, sizes, _as_numbers(output)))
     return output
 
 
-def sums_fast(entries: Tensor, index: Tensor, width: int) -> bool:
+def sums_fast(entries: Tensor, width: int) -> bool:
     """Whether there is a sum in this dtype, and it is faster than sorting.
 
     Half precision has none: what PyTorch rounds when, and that the sum must be the same, is left to PyTorch.
     """
-    if entries.dtype not in (torch.float32, torch.float64, torch.complex64, torch.complex128):
-        return False
-    if not 0 < index.shape[1] <= _MOST_SLOTS_SUMMED:
-        return False
-    inner = entries.numel() // index.numel() * (2 if entries.is_complex() else 1)
+    return _comparisons_of_sum(entries.shape, entries.dtype, width) <= _MOST_COMPARISONS
+
+
+@lru_cache(_KEPT_LAUNCHES)
+def _comparisons_of_sum(shape: tuple[int, ...], dtype: torch.dtype, width: int) -> float:
+    samples, slots, *trailing = shape
+    has_sum = dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128)
+    if not has_sum or not 0 < slots <= _MOST_SLOTS_SUMMED:
+        return inf
+    inner = _numbers(trailing, dtype)
     block_w, block_d = _sum_tile(inner)
-    programs = index.shape[0] * triton.cdiv(width, block_w) * triton.cdiv(inner, block_d)
-    return programs * index.shape[1] <= _MOST_COMPARISONS
+    return samples * triton.cdiv(width, block_w) * triton.cdiv(inner, block_d) * slots
 
 
 @lru_cache(_KEPT_LAUNCHES)
 def _prepare_put(
-    shape: tuple[int, int, int, int],  # S, M, W, D
-    data_steps: tuple[int, ...],
+    shape: tuple[int, ...],  # S, anything, *D
     entry_steps: tuple[int, ...],
-    index_steps: tuple[int, ...],
-    other_steps: tuple[int, ...],
+    data_steps: tuple[int, ...],
+    slots: int,
+    index_steps: tuple[int, int],
+    other_steps: tuple[int, int],
     other_width: int,
-    sizes_step: int,
+    sizes_steps: tuple[int],
+    width: int,
+    filler: tuple[int, int],
+    from_other: bool,
+    dtype: torch.dtype,
     device: torch.device,
-) -> PreparedLaunch:
-    samples, slots, width, inner = shape
+) -> tuple[PreparedLaunch, tuple[int, ...]]:
+    """The launch, and the shape of its result."""
+    samples, _, *trailing = shape
+    inner = _words(trailing, dtype)
     block_d = min(triton.next_power_of_2(inner), 64)
     block_w = min(512 // block_d, 128)
     width_tiles = triton.cdiv(width, block_w)
-    return _put_kernel.prepare(
+    launch = _put_kernel.prepare(
         (samples * width_tiles,),
         slots,
         width,
         width_tiles,
         other_width,
         inner,
-        data_steps,
-        entry_steps,
+        _of_three_axes(entry_steps),
+        _of_three_axes(data_steps),
         index_steps,
         other_steps,
-        sizes_step,
+        *sizes_steps,
+        filler,
+        FROM_OTHER=from_other,
+        WORD=_TRITON_WORD[dtype.itemsize],
         BLOCK_W=block_w,
         BLOCK_D=block_d,
         BLOCK_M=32,
         num_warps=4,
         **overlapping(device),
     )
+    return launch, (samples, width, *trailing)
 
 
 def put(
@@ -490,20 +546,65 @@ def put(
 
     With ``other``, a slot is used only if that index is in range, too.
     """
-    output = torch.empty(data.shape, dtype=data.dtype, device=data.device)
-    of_data, of_entries, sizes = _as_words(data), _as_words(entries), _as_signed(sizes)
-    launch = _prepare_put(
-        (*index.shape, *of_data.shape[1:]),
-        of_data.stride(),
-        of_entries.stride(),
+    return _put(entries, _as_words(data), index, sizes, other, other_width, data.shape[1])
+
+
+def transfer(
+    data: Tensor,  # (S, W, *D)
+    source: Tensor,  # (S, V, *D) in the dtype of data
+    index: Tensor,  # (S, M) int32 or int64
+    sizes: Tensor,  # (S,) integer
+    source_index: Tensor,  # (S, M) in the dtype of index
+) -> Tensor:  # (S, W, *D), not empty
+    """``put`` of those entries of ``source`` that the other index points to."""
+    data = _as_words(data)
+    return _put(source, data, index, sizes, source_index, source.shape[1], data.shape[1], from_other=True)
+
+
+def spread(
+    entries: Tensor,  # (S, M, *D), not empty
+    index: Tensor,  # (S, M) int32 or int64
+    sizes: Tensor,  # (S,) integer
+    other: Tensor | None,  # (S, M) in the dtype of index
+    other_width: int,
+    width: int,
+    filler: Any,
+) -> Tensor:  # (S, W, *D), not empty
+    """``put`` into data that are one number everywhere."""
+    words = _words_of(filler, str(filler), entries.dtype)
+    return _put(entries, None, index, sizes, other, other_width, width, words)
+
+
+def _put(
+    entries: Tensor,
+    data: Tensor | None,
+    index: Tensor,
+    sizes: Tensor,
+    other: Tensor | None,
+    other_width: int,
+    width: int,
+    filler: tuple[int, int] = (0, 0),
+    from_other: bool = False,
+) -> Tensor:
+    words, sizes = _as_words(entries), _as_signed(sizes)
+    launch, shape = _prepare_put(
+        entries.shape,
+        words.stride(),
+        (0, 0, 0) if data is None else data.stride(),
+        index.shape[1],
         index.stride(),
         (0, 0) if other is None else other.stride(),
         other_width,
-        sizes.stride(0),
-        data.device,
+        sizes.stride(),
+        width,
+        filler,
+        from_other,
+        entries.dtype,
+        entries.device,
     )
-    with on_device_of(data):
-        launch((of_data, of_entries, index, sizes, other, _as_words(output)))
+    output = entries.new_empty(shape)
+    with on_device_of(entries):
+        launch((words, data, index, sizes, other, _as_words(output)))
     return output
 
 
@@ -514,12 +615,13 @@ def puts_fast(index: Tensor, width: int) -> bool:
 
 @lru_cache(_KEPT_LAUNCHES)
 def _prepare_mark(
-    shape: tuple[int, int, int],  # S, M, W
-    index_steps: tuple[int, ...],
-    sizes_step: int,
+    index_shape: tuple[int, int],
+    index_steps: tuple[int, int],
+    sizes_steps: tuple[int],
+    width: int,
     device: torch.device,
 ) -> PreparedLaunch:
-    samples, slots, width = shape
+    samples, slots = index_shape
     width_tiles = triton.cdiv(width, 128)
     return _mark_kernel.prepare(
         (samples * width_tiles,),
@@ -527,7 +629,7 @@ def _prepare_mark(
         width,
         width_tiles,
         index_steps,
-        sizes_step,
+        *sizes_steps,
         BLOCK_W=128,
         BLOCK_M=32,
         num_warps=4,
@@ -541,9 +643,9 @@ def mark(
     width: int,
 ) -> Tensor:  # (S, W) bool, not empty
     """True where an index points to."""
-    output = torch.empty((index.shape[0], width), dtype=torch.bool, device=index.device)
-    sizes = _as_signed(sizes)
-    launch = _prepare_mark((*index.shape, width), index.stride(), sizes.stride(0), index.device)
+    sizes, shape = _as_signed(sizes), index.shape
+    launch = _prepare_mark(shape, index.stride(), sizes.stride(), width, index.device)
+    output = index.new_empty((shape[0], width), dtype=torch.bool)
     with on_device_of(index):
         launch((index, sizes, output))
     return output
@@ -551,31 +653,38 @@ def mark(
 
 @lru_cache(_KEPT_LAUNCHES)
 def _prepare_pad(
-    shape: tuple[int, int, int, int],  # T, S, N, D
+    shape: tuple[int, ...],  # T, *D
     value_steps: tuple[int, ...],
-    begins_step: int,
-    sizes_step: int,
+    begins_steps: tuple[int],
+    samples: int,
+    sizes_steps: tuple[int],
+    slots: int,
+    dtype: torch.dtype,
     device: torch.device,
-) -> PreparedLaunch:
-    length, samples, slots, inner = shape
+) -> tuple[PreparedLaunch, tuple[int, ...]]:
+    """The launch, and the shape of its result."""
+    length, *trailing = shape
+    inner = _words(trailing, dtype)
     block_n, block_d = _tile(samples * slots, inner)
     inner_tiles = triton.cdiv(inner, block_d)
-    return _pad_kernel.prepare(
+    launch = _pad_kernel.prepare(
         (triton.cdiv(samples * slots, block_n) * inner_tiles,),
         samples * slots,
         slots,
         length,
         inner,
         inner_tiles,
-        value_steps,
-        begins_step,
-        sizes_step,
+        _of_three_axes((0, *value_steps))[1:],
+        *begins_steps,
+        *sizes_steps,
+        WORD=_TRITON_WORD[dtype.itemsize],
         POSITION=_position_dtype(samples * slots, block_n),
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         num_warps=4,
         **overlapping(device),
     )
+    return launch, (samples, slots, *trailing)
 
 
 def pad(
@@ -585,15 +694,18 @@ def pad(
     slots: int,
 ) -> Tensor:  # (S, N, *D), not empty
     """Samples that lie end to end, each from where it begins on, padded with 0."""
-    output = torch.empty((sizes.shape[0], slots, *values.shape[1:]), dtype=values.dtype, device=values.device)
-    words = _as_words(values[None])[0]
-    launch = _prepare_pad(
-        (words.shape[0], sizes.shape[0], slots, words.shape[1]),
+    words = _as_words(values, 1)
+    launch, shape = _prepare_pad(
+        values.shape,
         words.stride(),
-        begins.stride(0),
-        sizes.stride(0),
+        begins.stride(),
+        sizes.shape[0],
+        sizes.stride(),
+        slots,
+        values.dtype,
         values.device,
     )
+    output = values.new_empty(shape)
     with on_device_of(values):
         launch((words, begins, sizes, _as_words(output)))
     return output
@@ -601,23 +713,39 @@ def pad(
 
 def _as_words(
     tensor: Tensor,  # (S, W, *D)
-) -> Tensor:  # (S, W, D)
-    """The tensor, or a copy where that is no view of it, as integers of 1 to 8 bytes."""
-    if tensor.dtype.itemsize == 16:
-        tensor = torch.view_as_real(tensor)
-    word = _WORD[tensor.dtype.itemsize]
-    return _of_three_axes(tensor if tensor.dtype == word else tensor.view(word))
+    before: int = 2,  # how many axes lie before *D
+) -> Tensor:
+    """The tensor, a view of it, or a copy if need be, in a dtype that kernels take, with *D as one axis in memory."""
+    if tensor.dtype not in _HAVE_POINTERS:
+        if tensor.dtype.itemsize == 16:
+            tensor = torch.view_as_real(tensor)
+        tensor = tensor.view(_WORD[tensor.dtype.itemsize])
+    return _with_one_axis(tensor, before)
 
 
 def _as_numbers(
     tensor: Tensor,  # (S, W, *D)
-) -> Tensor:  # (S, W, D)
-    return _of_three_axes(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
+) -> Tensor:
+    return _with_one_axis(torch.view_as_real(tensor) if tensor.is_complex() else tensor, 2)
 
 
-def _of_three_axes(tensor: Tensor) -> Tensor:
-    axes = tensor.dim()
-    return tensor if axes == 3 else tensor.unsqueeze(2) if axes == 2 else tensor.flatten(2)
+def _with_one_axis(tensor: Tensor, before: int) -> Tensor:
+    return tensor if tensor.dim() <= before + 1 or tensor.is_contiguous() else tensor.flatten(before)
+
+
+def _of_three_axes(steps: tuple[int, ...]) -> tuple[int, ...]:
+    """Of (S, W, *D), which is contiguous if *D has several axes, as (S, W, D)."""
+    return steps if len(steps) == 3 else (*steps[:2], 1)
+
+
+def _words(trailing: list[int], dtype: torch.dtype) -> int:
+    """How many words an entry has."""
+    return prod(trailing) * (2 if dtype.itemsize == 16 else 1)
+
+
+def _numbers(trailing: list[int], dtype: torch.dtype) -> int:
+    """How many real numbers an entry has."""
+    return prod(trailing) * (2 if dtype.is_complex else 1)
 
 
 def _as_signed(sizes: Tensor) -> Tensor:
@@ -628,6 +756,8 @@ def _as_signed(sizes: Tensor) -> Tensor:
 @lru_cache(_KEPT_LAUNCHES)
 def _words_of(value: Any, text: str, dtype: torch.dtype) -> tuple[int, int]:
     """A number as an element, in two words or the same one twice; ``text`` tells 0.0 from -0.0."""
-    element = torch.full((1, 1, 1), value, dtype=dtype, device="cpu")
-    words = _as_words(element).flatten().tolist()
+    element = torch.full((1, 1), value, dtype=dtype, device="cpu")
+    if dtype.itemsize == 16:
+        element = torch.view_as_real(element)
+    words = element.view(_WORD[element.dtype.itemsize]).flatten().tolist()
     return words[0], words[-1]

@@ -10,6 +10,8 @@ times.
 """
 
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,15 +30,24 @@ from saccade.ragged.rows import (
 from saccade.registration import DirectCall, Gradient, register, register_autograd
 from saccade.triton_dispatch import served_by_triton
 
+_is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
 
-def serve(*tensors: Tensor) -> bool:
+
+def serve(tensor: Tensor, other: Tensor | None = None) -> bool:
     """Whether calls on these tensors go through the operators; not where ``torch.func`` transforms one."""
-    if not served_by_triton(tensors[0]):
+    if not served_by_triton(tensor):
         return False
     if torch.compiler.is_compiling():
         return True
-    transformed = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
-    return not any(map(transformed, tensors))
+    return not (_is_transformed(tensor) or (other is not None and _is_transformed(other)))
+
+
+@cache
+def _kernels() -> ModuleType:
+    """The kernels, imported when first used: importing this module does not import Triton."""
+    from saccade.ragged import kernels
+
+    return kernels
 
 
 def _used(index: Tensor, sizes: Tensor, width: int, other: Tensor | None, other_width: int) -> tuple[Tensor, Tensor]:
@@ -49,10 +60,8 @@ def _used(index: Tensor, sizes: Tensor, width: int, other: Tensor | None, other_
 
 
 def _gather(data: Tensor, index: Tensor, sizes: Tensor, filler: Any) -> Tensor:
-    if served_by_triton(data) and index.numel() and data.shape[2:].numel():
-        from saccade.ragged import kernels
-
-        return kernels.gather(data, index, sizes, filler)
+    if served_by_triton(data) and index.numel() and data.numel():
+        return _kernels().gather(data, index, sizes, filler)
     used, index = _used(index, sizes, data.shape[1], None, 0)
     entries = gather_entries(data, index)
     return fill(entries, ~beside_entries(used, 1, entries.dim()), filler).contiguous()
@@ -76,9 +85,8 @@ class _GatherGradient(Gradient):
 
 def _add_up(entries: Tensor, index: Tensor, sizes: Tensor, width: int) -> Tensor:
     if served_by_triton(entries) and entries.numel() and width:
-        from saccade.ragged import kernels
-
-        if kernels.sums_fast(entries, index, width):
+        kernels = _kernels()
+        if kernels.sums_fast(entries, width):
             return kernels.sum_entries(entries, index, sizes, width)
     return sum_of_entries(entries, *_used(index, sizes, width, None, 0), width)
 
@@ -100,8 +108,7 @@ class _AddUpGradient(Gradient):
 
 def _put(data: Tensor, entries: Tensor, index: Tensor, sizes: Tensor, other: Tensor | None, other_width: int) -> Tensor:
     if served_by_triton(data) and data.numel():
-        from saccade.ragged import kernels
-
+        kernels = _kernels()
         if kernels.puts_fast(index, data.shape[1]):
             return kernels.put(data, entries, index, sizes, other, other_width)
     return put_entries(data, *_used(index, sizes, data.shape[1], other, other_width), entries)
@@ -132,10 +139,41 @@ class _PutGradient(Gradient):
         return of_data, of_entries, None, None, None, None
 
 
-def _take(data: Tensor, index: Tensor, sizes: Tensor, other: Tensor | None, other_width: int) -> Tensor:
-    if served_by_triton(data) and index.numel() and data.shape[2:].numel():
-        from saccade.ragged import kernels
+def _transfer(data: Tensor, source: Tensor, index: Tensor, sizes: Tensor, source_index: Tensor) -> Tensor:
+    if served_by_triton(data) and data.numel() and source.numel():
+        kernels = _kernels()
+        if kernels.puts_fast(index, data.shape[1]):
+            return kernels.transfer(data, source, index, sizes, source_index)
+    return _put(data, _gather(source, source_index, sizes, 0), index, sizes, source_index, source.shape[1])
 
+
+def _transfer_fake(data: Tensor, source: Tensor, index: Tensor, sizes: Tensor, source_index: Tensor) -> Tensor:
+    return data.new_empty(data.shape)
+
+
+class _TransferGradient(Gradient):
+    @staticmethod
+    def save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
+        _, source, index, sizes, source_index = args
+        ctx.save_for_backward(index, sizes, source_index)
+        ctx.width = source.shape[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        index, sizes, source_index = ctx.saved_tensors
+        of_data = of_source = None
+        if ctx.needs_input_grad[0]:
+            nothing = grad_output.new_zeros(()).expand(*index.shape, *grad_output.shape[2:])
+            of_data = put(grad_output, nothing, index, sizes, source_index, ctx.width)
+        if ctx.needs_input_grad[1]:
+            of_slots = take(grad_output, index, sizes, source_index, ctx.width)
+            of_source = add_up(of_slots, source_index, sizes, ctx.width)
+        return of_data, of_source, None, None, None
+
+
+def _take(data: Tensor, index: Tensor, sizes: Tensor, other: Tensor | None, other_width: int) -> Tensor:
+    if served_by_triton(data) and index.numel() and data.numel():
+        kernels = _kernels()
         if kernels.takes_fast(index):
             return kernels.gather(data, index, sizes, 0, other, other_width, last=True)
     used, index = _used(index, sizes, data.shape[1], other, other_width)
@@ -153,18 +191,55 @@ class _TakeGradient(Gradient):
     def save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
         data, index, sizes, other, other_width = args
         ctx.save_for_backward(index, sizes, other)
-        ctx.shape, ctx.other_width = data.shape, other_width
+        ctx.widths = other_width, data.shape[1]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        nothing = grad_output.new_zeros(()).expand(ctx.shape)
-        return put(nothing, grad_output, *ctx.saved_tensors, ctx.other_width), None, None, None, None
+        return spread(grad_output, *ctx.saved_tensors, *ctx.widths, 0), None, None, None, None
+
+
+def _spread(
+    entries: Tensor, index: Tensor, sizes: Tensor, other: Tensor | None, other_width: int, width: int, filler: Any
+) -> Tensor:
+    if served_by_triton(entries) and entries.numel() and width:
+        kernels = _kernels()
+        if kernels.puts_fast(index, width):
+            return kernels.spread(entries, index, sizes, other, other_width, width, filler)
+    data = filled_with(filler, entries, width)
+    return put_entries(data, *_used(index, sizes, width, other, other_width), entries)
+
+
+def filled_with(
+    filler: Any,
+    entries: Tensor,  # (S, M, *D)
+    width: int,
+) -> Tensor:  # (S, W, *D)
+    """Data like the entries, one number everywhere in memory too."""
+    filler = torch.full((), filler, dtype=entries.dtype, device=entries.device)
+    return filler.expand(entries.shape[0], width, *entries.shape[2:])
+
+
+def _spread_fake(
+    entries: Tensor, index: Tensor, sizes: Tensor, other: Tensor | None, other_width: int, width: int, filler: Any
+) -> Tensor:
+    return entries.new_empty((entries.shape[0], width, *entries.shape[2:]))
+
+
+class _SpreadGradient(Gradient):
+    @staticmethod
+    def save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
+        _, index, sizes, other, other_width, _, _ = args
+        ctx.save_for_backward(index, sizes, other)
+        ctx.other_width = other_width
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return take(grad_output, *ctx.saved_tensors, ctx.other_width), *[None] * 6
 
 
 def _mark(index: Tensor, sizes: Tensor, width: int) -> Tensor:
     if served_by_triton(index) and index.shape[0] and width:
-        from saccade.ragged import kernels
-
+        kernels = _kernels()
         if kernels.puts_fast(index, width):
             return kernels.mark(index, sizes, width)
     used, index = _used(index, sizes, width, None, 0)
@@ -178,10 +253,8 @@ def _mark_fake(index: Tensor, sizes: Tensor, width: int) -> Tensor:
 
 
 def _pad(values: Tensor, begins: Tensor, sizes: Tensor, slots: int) -> Tensor:
-    if served_by_triton(values) and sizes.numel() and slots and values.shape[1:].numel():
-        from saccade.ragged import kernels
-
-        return kernels.pad(values, begins, sizes, slots)
+    if served_by_triton(values) and sizes.numel() and slots and values.numel():
+        return _kernels().pad(values, begins, sizes, slots)
     filled, rows = _rows_of(begins, sizes, slots, values.shape[0])
     entries = gather_entries(values[None], rows.where(filled, 0).view(1, -1)).view(*rows.shape, *values.shape[1:])
     return fill(entries, ~beside_entries(filled, 1, entries.dim()), 0).contiguous()
@@ -223,10 +296,23 @@ _WITH_GRADIENTS: list[tuple[str, Callable[..., Tensor], Callable[..., Tensor], t
         _PutGradient,
     ),
     (
+        "ragged_transfer(Tensor data, Tensor source, Tensor index, Tensor sizes, Tensor source_index)",
+        _transfer,
+        _transfer_fake,
+        _TransferGradient,
+    ),
+    (
         "ragged_take(Tensor data, Tensor index, Tensor sizes, Tensor? other, int other_width)",
         _take,
         _take_fake,
         _TakeGradient,
+    ),
+    (
+        "ragged_spread(Tensor entries, Tensor index, Tensor sizes, Tensor? other, int other_width, int width, "
+        "Scalar filler)",
+        _spread,
+        _spread_fake,
+        _SpreadGradient,
     ),
     ("ragged_pad(Tensor values, Tensor begins, Tensor sizes, int slots)", _pad, _pad_fake, _PadGradient),
 ]
@@ -240,8 +326,12 @@ add_up = DirectCall("ragged_sum")
 """The gradient of ``gather``: for each of the W entries the sum of all (S, M, *D) with its index."""
 put = DirectCall("ragged_put")
 """A copy of (S, W, *D) data with (S, M, *D) entries at their indices, where a second index is in range, too."""
+transfer = DirectCall("ragged_transfer")
+"""``put`` of the entries of (S, V, *D) data that a second index points to."""
 take = DirectCall("ragged_take")
 """The gradient of ``put``: for each of the M slots what lies at its index, 0 for what another slot overwrote."""
+spread = DirectCall("ragged_spread")
+"""``put`` into data that are one number everywhere; with 0, the gradient of ``take``."""
 mark = DirectCall("ragged_mark")
 """(S, W) bool, true where an index points to."""
 pad = DirectCall("ragged_pad")

@@ -4,8 +4,6 @@ Nothing here looks at a value or waits for a device. PyTorch has no indexing or 
 integers of more than 8 bits, 8-bit floats): those are moved as integers of the same width.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -166,10 +164,8 @@ def place_of(chosen: Tensor, index: Tensor, width: int) -> Tensor:
 
 
 def flatten_samples(tensor: Tensor, batch_dims: int) -> Tensor:
-    """(*B, ...) as (S, ...); the sizes are said, since PyTorch cannot infer them where others are 0."""
-    if batch_dims == 1:
-        return tensor
-    return tensor.reshape(math.prod(tensor.shape[:batch_dims]), *tensor.shape[batch_dims:])
+    """(*B, ...) as (S, ...)."""
+    return tensor if batch_dims == 1 else tensor.flatten(0, batch_dims - 1)
 
 
 def _never_empty(data: Tensor) -> Tensor:
