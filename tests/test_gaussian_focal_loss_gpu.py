@@ -346,7 +346,8 @@ def test_more_positives_than_32_bits_count_in_no_memory():
     torch.cuda.reset_peak_memory_stats()
     loss = gaussian_focal_loss_with_logits(logits.expand(rows, 32), target.expand(rows, 32), avg_factor="num_pos")
     assert_near("mean over positives", loss, losses.sum() / 31, 1e-6)
-    assert torch.cuda.max_memory_allocated() - before < 2**20
+    # A sum and a count, 12 bytes, for each 2**15 of the 2**32 elements.
+    assert torch.cuda.max_memory_allocated() - before < 2**21
 
 
 # ---- memory

@@ -286,8 +286,8 @@ class _SigmoidFocalLoss(Gradient):
         """The loss; of few logits with its gradient, which ``backward`` then only has to multiply.
 
         A step on few logits takes as long as the host takes, and longest where autograd's own thread runs Python: with
-        the multiplication alone in it, a step of ``FocalLoss`` on 7200 x 10 logits took 150 to 180 us, with the
-        operator 190 to 240 (wall time beside an H200).
+        the multiplication alone in it, a step of ``FocalLoss`` on 7200 x 10 logits took 1.1 to 1.3 times a step of
+        torch's binary cross entropy, with the operator 1.3 to 1.7 times (wall time beside an H200).
         """
         logits, kind = args[0], args[7]
         ctx.gradient = None
