@@ -8,10 +8,11 @@ import heatmap_oracle
 import numpy as np
 import torch
 from accuracy import WrongResultError, require_accurate
+from device_clock import device_us
 from records import COPY_BYTES_PER_US, IsWanted, Say, new_record
 from torch import Tensor
 from training_step import forget, size_of
-from workloads import HEATMAP, HeatmapInputs, device_us, wall_us
+from workloads import HEATMAP, HeatmapInputs, wall_us
 from workloads import heatmap as heatmap_inputs
 
 import saccade

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from accuracy import require_accurate
+from device_clock import device_us
 from losses_oracle import exact, gaussian_focal, sigmoid_focal
 from records import COPY_BYTES_PER_US, IsWanted, Say, new_record
 from torch import Tensor
 from training_step import as_leaves, forget, forward_backward, memory_of, size_of
-from workloads import FOCAL, GAUSSIAN_FOCAL, device_us, focal, wall_us
+from workloads import FOCAL, GAUSSIAN_FOCAL, focal, wall_us
 from workloads import gaussian_focal as gaussian_focal_inputs
 
 import saccade

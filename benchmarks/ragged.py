@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from accuracy import require_accurate
 from detr_loss import Matched, Objects, RaggedObjects
+from device_clock import device_us
 from records import COPY_BYTES_PER_US, IsWanted, Say, new_record
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from training_step import as_leaves, forget, forward_backward, size_of
-from workloads import device_us, wall_us
+from workloads import wall_us
 
 from saccade import RaggedBatch, ragged
 
