@@ -320,11 +320,11 @@ def test_two_steps_write_pictures_and_json(tmp_path):
     for loss in report["losses"].values():
         assert len(loss["curve"]) == 2
         assert math.isfinite(loss["last"])
-    names = ("cameras.png", "birds_eye.png", "heatmaps.png", "losses.png")
+    names = ("cameras.png", "birds_eye.png", "sampling.png", "heatmaps.png", "curves.png", "progress.gif")
     assert report["pictures"] == [str(out / name) for name in names]
     for name in names:
         with Image.open(out / name) as picture:
-            assert picture.format == "PNG"
+            assert picture.format == name[-3:].upper()
             assert min(picture.size) > 300
     for shown in ("recall at 2 m", "untrained recall", "control recall", "total loss", "deformable_aggregation"):
         assert shown in result.output

@@ -91,6 +91,15 @@ def demo(
         typer.Option(help="Save training there, and go on from there if the file exists.", metavar="FILE"),
     ] = None,
     checkpoint_every: Annotated[int, typer.Option(help="Steps from one saving to the next.", min=1)] = 50,
+    curve_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps from one evaluation of a few held-out scenes to the next, for the recall curve; 0: none. "
+            "By default a tenth of the steps.",
+            min=0,
+            show_default=False,
+        ),
+    ] = None,
     tensorboard: Annotated[
         Path | None, typer.Option(help="Log losses, speed and recall there for TensorBoard.", metavar="DIR")
     ] = None,
@@ -136,6 +145,7 @@ def demo(
                 deterministic=deterministic,
                 checkpoint=checkpoint,
                 checkpoint_every=checkpoint_every,
+                curve_every=curve_every,
                 tensorboard=tensorboard,
             )
         )

@@ -170,7 +170,10 @@ class DirectCall:
         self.written = _written.get(name, ())
         # Past Function.apply, too, which looks for transforms of torch.func: they count among what watches calls.
         gradient = _gradients.get(name)
-        self.record = None if gradient is None else super(Function, _recorded(gradient, self.implementation)).apply
+        self.record = None
+        if gradient is not None:
+            above: Any = super(Function, _recorded(gradient, self.implementation))
+            self.record = above.apply
 
     def __call__(self, *args: Any) -> Any:
         """Call the operator."""

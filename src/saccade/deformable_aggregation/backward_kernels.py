@@ -225,9 +225,7 @@ def _order(
 
 
 @triton.jit
-def _split(
-    program, begins, window_rows, window_positions, rows, windows, COST: tl.constexpr, WINDOWS: tl.constexpr
-):
+def _split(program, begins, window_rows, window_positions, rows, windows, COST: tl.constexpr, WINDOWS: tl.constexpr):
     """Where windows of equal work begin: in which row, at which record. A row costs 1 to write, a record COST."""
     window = program * WINDOWS + tl.arange(0, WINDOWS)[:, None]  # (WINDOWS, 1)
     lane = tl.arange(0, 32)[None, :]

@@ -234,6 +234,7 @@ def refined(anchor: Tensor, change: Tensor) -> Tensor:
     unit = 0.2 + anchor[..., :2].detach().norm(dim=-1, keepdim=True) / 15
     centre = anchor[..., :2] + rotate(change[..., :2] * unit, sin, cos)
     heading = rotate(rotate(anchor[..., [7, 6]], -sin, cos) + change[..., [7, 6]], sin, cos)
+    heading = F.normalize(heading, dim=-1, eps=1e-3)  # or key points would all move towards the centre
     return torch.cat(
         [centre, anchor[..., 2:6] + change[..., 2:6], heading.flip(-1), anchor[..., 8:] + change[..., 8:]], -1
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,7 +23,9 @@ from saccade.demo.evaluation import MIN_SCORE, Counts, Detections
 from saccade.demo.journal import Journal, require_tensorboard
 from saccade.demo.model import Detector, DetectorConfig
 from saccade.demo.nuscenes import NuScenesScenes
-from saccade.demo.plots import draw_birds_eye, draw_cameras, draw_heatmaps, draw_losses
+from saccade.demo.plots import draw_birds_eye, draw_cameras, draw_heatmaps
+from saccade.demo.progress import draw_curves, draw_progress
+from saccade.demo.sampling import draw_sampling, recorded, telling_query
 from saccade.demo.scene import IMAGE_WH
 from saccade.demo.train import RealFrame, Recipe, RenderedScenes, Source, Trainer, heatmap_target
 from saccade.doctor import backend
@@ -32,6 +35,12 @@ HELD_OUT = 32
 LAST = 10
 """The last value of a loss is its mean over so many steps: a single one depends on its scene."""
 PICTURE_SCALE = 3
+CURVE_SAMPLES = 8
+"""Held-out samples that are evaluated while training, for the recall curve."""
+SNAPSHOTS = 12
+"""Moments of the training at which detections in the pictured sample are kept for the animation."""
+SNAPSHOT_SCORE = 0.25
+"""Detections of lower scores are not shown there."""
 WARM_UP = 10
 """Steps that the throughput leaves out, if there are twice as many: the first ones compile and fill buffers."""
 
@@ -57,6 +66,7 @@ class DemoOptions:
     deterministic: bool = False
     checkpoint: Path | None = None
     checkpoint_every: int = 50
+    curve_every: int | None = None
     tensorboard: Path | None = None
 
 
@@ -68,6 +78,10 @@ class History:
     losses: dict[str, list[float]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     """Of each step."""
+    judged: dict[int, Counts] = field(default_factory=dict)
+    """On a few held-out samples, by the number of steps made."""
+    snapshots: dict[int, list[list[float]]] = field(default_factory=dict)
+    """What is found in the pictured sample, by the number of steps made: rows of a box, its score and its class."""
 
 
 def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, Any]:
@@ -127,7 +141,7 @@ def _run(options: DemoOptions, recipe: Recipe, device: torch.device, ranks: Rank
     benchmark = {}
     if ranks.index == 0:
         with console.status("Drawing pictures"):
-            pictures = _draw(trainer, options, history.losses)
+            pictures = _draw(trainer, options, history, trained, control)
         if options.evaluate is not None and isinstance(source, NuScenesScenes):
             benchmark = {"nuscenes": _benchmark(trainer, source, options.evaluate, console)}
 
@@ -158,6 +172,10 @@ def _run(options: DemoOptions, recipe: Recipe, device: torch.device, ranks: Rank
             name: {"first": values[0], "last": mean(values[-LAST:]), "curve": [round(value, 5) for value in values]}
             for name, values in history.losses.items()
         },
+        "curve": {
+            step: {"recall_at_2m": counts.recall, "precision": counts.precision, "boxes": counts.boxes}
+            for step, counts in history.judged.items()
+        },
         "device": str(device) if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})",
         "amp": options.amp,
         "compiled": options.compiled,
@@ -181,6 +199,18 @@ def _train(
 ) -> None:
     """Make the steps that are left, or those until Ctrl-C."""
     saved_at = trainer.step
+    steps = trainer.recipe.steps
+    judged_every = max(1, steps // 10) if options.curve_every is None else options.curve_every
+    shown = trainer.source.held_out[0]
+    kept = snapshot_steps(steps) if trainer.ranks.index == 0 else set()
+
+    def look(step: int) -> None:
+        """See how far training has come. Nothing of it is changed by that."""
+        if step in kept:
+            history.snapshots[step] = _snapshot(trainer.detect(shown)[0])
+        if judged_every and step % judged_every == 0:
+            history.judged[step] = trainer.evaluate(first=CURVE_SAMPLES)
+            journal.evaluation(step, "curve", history.judged[step])
 
     def save() -> None:
         nonlocal saved_at
@@ -193,9 +223,11 @@ def _train(
         console.print("Interrupted: this step is the last one. Ctrl-C again ends at once.")
 
     with (
-        _progress(console, "Training", trainer.recipe.steps, trainer.step) as (progress, task),
+        _progress(console, "Training", steps, trainer.step) as (progress, task),
         interrupt_noted(say) as interrupted,
     ):
+        if trainer.step == 0:
+            look(0)
         before = time.perf_counter()
         for losses in trainer.train(interrupted):
             now = time.perf_counter()
@@ -203,12 +235,29 @@ def _train(
             for name, value in losses.items():
                 history.losses.setdefault(name, []).append(value)
             journal.step(trainer.step, losses, trainer.last_learning_rate, now - before)
-            before = now
-            shown = "  ".join(f"{name} {mean(values[-LAST:]):.2f}" for name, values in history.losses.items())
-            progress.update(task, advance=1, note=shown)
+            latest = "  ".join(f"{name} {mean(values[-LAST:]):.2f}" for name, values in history.losses.items())
+            progress.update(task, advance=1, note=latest)
+            look(trainer.step)
             if trainer.step % options.checkpoint_every == 0:
                 save()
+            before = time.perf_counter()
         save()
+
+
+def snapshot_steps(steps: int) -> set[int]:
+    """Before training, after the last step, and in between the farther apart the later, when less changes."""
+    return {0, *np.geomspace(max(1, steps / 10), steps, SNAPSHOTS).round().astype(int).tolist()}
+
+
+def _snapshot(detections: Detections) -> list[list[float]]:
+    """As numbers that a checkpoint may hold."""
+    kept = detections.chosen(detections.scores >= SNAPSHOT_SCORE)
+    return np.column_stack([kept.boxes, kept.scores, kept.labels]).tolist()
+
+
+def _from_snapshot(rows: list[list[float]]) -> Detections:
+    numbers = np.array(rows).reshape(-1, 9)
+    return Detections(numbers[:, :7], numbers[:, 7], numbers[:, 8].astype(int))
 
 
 def _resumed(saved: dict[str, Any], trainer: Trainer, checkpoint: Checkpoint | None) -> History:
@@ -216,7 +265,8 @@ def _resumed(saved: dict[str, Any], trainer: Trainer, checkpoint: Checkpoint | N
     try:
         trainer.load_state_dict(saved["trainer"])
         history = dict(saved["history"])
-        return History(Counts(**history.pop("untrained")), **history)
+        judged = {step: Counts(**counts) for step, counts in history.pop("judged", {}).items()}
+        return History(Counts(**history.pop("untrained")), judged=judged, **history)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise DemoError(f"--checkpoint {checkpoint and checkpoint.file}: is of another detector") from error
 
@@ -332,21 +382,30 @@ def _progress(console: Console, what: str, total: int, completed: int = 0) -> It
         yield progress, progress.add_task(what, total=total, completed=completed, note="")
 
 
-def _draw(trainer: Trainer, options: DemoOptions, losses: dict[str, list[float]]) -> list[Path]:
+def _draw(trainer: Trainer, options: DemoOptions, history: History, trained: Counts, control: Counts) -> list[Path]:
     """The pictures, of one of the evaluated samples."""
     source = trainer.source
     sample, large = source.shown((PICTURE_SCALE * IMAGE_WH[0], PICTURE_SCALE * IMAGE_WH[1]))
-    detections, batch, output = trainer.detect(sample)
-    detections = detections.chosen(detections.scores >= MIN_SCORE)
-    counts = trainer.counted(detections, sample)
+    with recorded(trainer.model) as recorder:
+        found, batch, output = trainer.detect(sample)
+    sampling = recorder.sampling()
+    snapshots = {step: _from_snapshot(rows) for step, rows in history.snapshots.items()}
+    snapshots[trainer.step] = _from_snapshot(_snapshot(found))  # interrupted, it is at none of the steps foreseen
+    found = found.chosen(found.scores >= MIN_SCORE)
+    counts = trainer.counted(found, sample)
     cameras = len(sample.camera_names)
     target = heatmap_target(batch, output.heatmap.shape)[:cameras].cpu().numpy()
     predicted = output.heatmap[:cameras].float().sigmoid().cpu().numpy()
-    pictures = [options.out / name for name in ("cameras.png", "birds_eye.png", "heatmaps.png", "losses.png")]
-    draw_cameras(pictures[0], large, detections, counts, source.name)
-    draw_birds_eye(pictures[1], sample, detections, counts, source.name)
-    draw_heatmaps(pictures[2], large, target, predicted, source.name)
-    draw_losses(pictures[3], losses)
+    names = ("cameras.png", "birds_eye.png", "sampling.png", "heatmaps.png", "curves.png", "progress.gif")
+    pictures = [options.out / name for name in names]
+    draw_cameras(pictures[0], large, found, counts, source.name)
+    draw_birds_eye(pictures[1], sample, found, counts, source.name)
+    draw_sampling(pictures[2], large, output, sampling, telling_query(output, sampling, found.boxes), source.name)
+    draw_heatmaps(pictures[3], large, target, predicted, source.name)
+    few = source.evaluated_on if len(source.held_out) <= CURVE_SAMPLES else f"{CURVE_SAMPLES} of {source.evaluated_on}"
+    final = {"untrained": history.untrained, "trained": trained, "control": control}
+    draw_curves(pictures[4], history.losses, history.judged, few, final)
+    draw_progress(pictures[5], sample, snapshots, source.name)
     return pictures
 
 

@@ -500,17 +500,21 @@ class Trainer:
             output = self.model(batch.images, batch.projection)
         return decode(output)[0], batch, output
 
-    def evaluate(self, *, exchange_images: bool = False, done: Callable[[], None] = lambda: None) -> Counts:
+    def evaluate(
+        self, *, exchange_images: bool = False, first: int | None = None, done: Callable[[], None] = lambda: None
+    ) -> Counts:
         """Counts over all held-out samples, of which every rank looks at its share.
 
         Args:
             exchange_images: Give every camera the image of its neighbour, but not its projection matrix.
+            first: Look at no more than so many samples.
             done: Called after each sample.
         """
         self.ranks.copy_of_first(self.model.buffers())  # statistics of batch normalization differ a little
         counts = Counts()
         held_out = self.source.held_out
-        mine = range(self.ranks.index, len(held_out), self.ranks.count)
+        end = len(held_out) if first is None else min(first, len(held_out))
+        mine = range(self.ranks.index, end, self.ranks.count)
         for sample in made_ahead(held_out.__getitem__, mine, self.source.loaders):
             seen = replace(sample, images=np.roll(sample.images, 1, axis=0)) if exchange_images else sample
             counts += match(self.detect(seen)[0], sample.boxes, sample.labels)

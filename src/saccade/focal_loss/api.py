@@ -304,7 +304,7 @@ class _SigmoidFocalLoss(Gradient):
         from saccade.focal_loss import kernels
 
         ctx.gradient = torch.empty_like(logits)
-        return kernels.sigmoid_focal_loss(*args, ctx.gradient)
+        return kernels.sigmoid_focal_loss(*args, grad_logits=ctx.gradient)
 
     @staticmethod
     def save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
