@@ -945,24 +945,22 @@ def test_markdown_of_records():
     records = [
         a_record(baselines={"grid_sample": 6000}, recorded={"old": 4325}),
         a_record(**{"pass": "backward", "saccade_us": 9.87, "error": None}),
-        a_record(clock="wall", peak_mb=330.0, needed_mb=300.0, baselines={"compiled": 25611.4}),
+        a_record(clock="wall", peak_mb=330.0, needed_mb=300.0, baselines={"compiled": 25611.4}, commit="b" * 40),
     ]
     assert tables.markdown(records) == "\n".join(
         [
-            f"Taken on NVIDIA H200, torch 2.11.0, Triton 3.6.0, commit `{'a' * 10}`.",
-            "",
-            "**Device time, microseconds**",
+            f"**Device time, microseconds**, taken on NVIDIA H200, torch 2.11.0, Triton 3.6.0, commit `{'a' * 10}`.",
             "",
             "| workload | dtype | pass | saccade | floor | x floor | grid_sample | old (recorded) | speed-up | error |",
             "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
             "| aggregation/det-b8 | float32 | forward | 150 | 75.2 | 2.0 | 6000 | 4325 | 28.8x | 1.2e-06 |",
             "| aggregation/det-b8 | float32 | backward | 9.9 | 75.2 | 0.1 |  |  |  |  |",
             "",
-            "**Wall time, microseconds**",
+            f"**Wall time, microseconds**, taken on NVIDIA H200, torch 2.11.0, Triton 3.6.0, commit `{'b' * 10}`.",
             "",
-            "| workload | dtype | pass | saccade | floor | x floor | compiled | error | peak MB | of needed |",
-            "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-            "| aggregation/det-b8 | float32 | forward | 150 | 75.2 | 2.0 | 25611 | 1.2e-06 | 330 | 1.10x |",
+            "| workload | dtype | pass | saccade | compiled | error | peak MB | of needed |",
+            "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+            "| aggregation/det-b8 | float32 | forward | 150 | 25611 | 1.2e-06 | 330 | 1.10x |",
         ]
     )
 
@@ -975,22 +973,13 @@ def test_another_gpu_is_not_set_against_recorded_times():
 def test_a_page_gets_the_records_that_it_names():
     records = [a_record(), a_record(workload="losses/head")]
     page = tables.with_results("before\n\n<!-- results: losses -->\n\nafter", records)
-    assert page.startswith("before\n\nTaken on")
+    assert page.startswith("before\n\n**Device time")
     assert page.endswith("|\n\nafter")
     assert "losses/head" in page
     assert "aggregation" not in page
     with pytest.raises(ValueError, match=r"results: heatmap.*has no such record"):
         tables.with_results("<!-- results: heatmap -->", records)
     assert tables.on_page_markdown("no marker") == "no marker"
-
-
-def test_a_page_says_what_else_until_there_are_records():
-    page = "<!-- results: losses; else: Not\ntaken yet; soon. -->\n\n<!-- results: heatmap; else: Nor these. -->"
-    assert tables.with_results(page, []) == "Not\ntaken yet; soon.\n\nNor these."
-    page = tables.with_results(page, [a_record(workload="losses/head")])
-    assert page.startswith("Taken on")
-    assert "losses/head" in page
-    assert page.endswith("\n\nNor these.")
 
 
 RESULTS = json.loads(tables.RESULTS.read_text())

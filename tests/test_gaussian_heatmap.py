@@ -15,6 +15,7 @@ from cases.gaussian_heatmap import batched_oracle, draw_one, flat_oracle, make_b
 from saccade.argument_checks import InvalidStateError
 from saccade.gaussian_heatmap import reference
 from saccade.ragged import RaggedBatch
+from saccade.triton_dispatch import triton_is_installed
 
 GIANT = 2**63 - 1
 ROUNDING = 2e-7  # of numbers up to 1 in float32: two ulps, as a GPU's power of 2 is wrong by more than one
@@ -442,9 +443,8 @@ def test_boxes_have_the_radii_of_the_libraries(size, overlap, mmdet, mmdet3d, de
         cells = of_boxes([box], (61, 61), 1, overlap, convention, device=device)
         assert cells[31, 30] == 1
         assert radius_around_the_middle(cells) == expected
-        assert radius_around_the_middle(of_boxes([box], (61, 61), 1, overlap, convention, min_radius=5)) == max(
-            5, expected
-        )
+        cells = of_boxes([box], (61, 61), 1, overlap, convention, min_radius=5, device=device)
+        assert radius_around_the_middle(cells) == max(5, expected)
 
 
 @given(
@@ -1020,3 +1020,15 @@ def test_radius_in_compiled_code(device):
 def test_radius_of_wrong_arguments(size, overlap, convention, error, message):
     with pytest.raises(error, match=message):
         saccade.gaussian_radius(size, overlap, convention=convention)
+
+
+@pytest.mark.skipif(not triton_is_installed(), reason="needs Triton")
+@pytest.mark.parametrize(("rows", "bits"), [(1000, 32), (2**31 - 100, 64), (2**31 + 64, 64)])
+def test_offsets_of_all_parts_of_a_window_fit(rows, bits):
+    """Of parts beyond the last row, too, at which a program stops."""
+    from saccade.gaussian_heatmap import kernels
+
+    strides = (2, 1), (1,), (1,)
+    of_map = torch.Size((1, rows, 1)), torch.Size((1,)), strides, torch.float32, torch.device("cpu"), True, True
+    (launch,) = kernels._prepare_concatenated(*of_map)
+    assert launch._constants["INDEX"].primitive_bitwidth == bits

@@ -3,11 +3,15 @@
 The decision looks at the keys of tensors. With those of a CPU in place of a GPU's, all of it is tested on any machine.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from saccade import registration
 from saccade.focal_loss import api, sigmoid_focal_loss
@@ -108,6 +112,36 @@ def test_what_is_written_in_place_has_a_new_version(dispatched):
     assert heatmap.sum() == 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
+
+
+def test_tangents_are_not_lost(dispatched):
+    logits, labels = inputs()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(logits, torch.ones_like(logits))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            sigmoid_focal_loss(dual, labels)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("watched", ["forward", "backward"])
+def test_checkpoints_are_recomputed_past_the_dispatcher_or_not(watched, dispatched):
+    """What is saved is told apart by its position, and must be the same either way."""
+    _, labels = inputs()
+    logits = [inputs()[0].requires_grad_() for _ in range(2)]
+
+    def region(x: Tensor) -> Tensor:
+        return sigmoid_focal_loss(x, labels) + x.sin().sum()
+
+    def profiled(is_watched: bool) -> AbstractContextManager:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        return torch.profiler.profile(activities=activities) if is_watched else nullcontext()
+
+    region(logits[0]).backward()
+    with profiled(watched == "forward"):
+        loss = checkpoint(region, logits[1], use_reentrant=False)
+    with profiled(watched == "backward"):
+        loss.backward()
+    assert torch.equal(logits[0].grad, logits[1].grad)
 
 
 def test_dispatch_modes_see_the_operator(dispatched):

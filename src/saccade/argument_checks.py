@@ -6,10 +6,13 @@ one would wait for the GPU.
 
 import math
 import numbers
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_LARGEST = sys.float_info.max
 
 
 class InvalidStateError(RuntimeError, ValueError):
@@ -83,8 +86,8 @@ def require_number(name: str, value: Any, *, minimum: float = -math.inf, above: 
         if not isinstance(value, numbers.Real):  # which NumPy's scalars are, but tensors are not
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
         value = float(value)
-    # Not math.isfinite: torch.compile may hand over a symbolic number.
-    if not (-math.inf < value < math.inf and value >= minimum and value > above):
+    # Not math.isfinite: torch.compile may hand over a symbolic number. An integer may be larger than any float.
+    if not (-_LARGEST <= value <= _LARGEST and value >= minimum and value > above):
         bound = f" > {above:g}" if above > -math.inf else f" >= {minimum:g}" if minimum > -math.inf else ""
         raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
     return value

@@ -90,7 +90,28 @@ def _gaussian_heatmap(device: str, dtype: torch.dtype) -> list[Tensor]:
     saccade.draw_heatmap_batched(heatmap, centers, radii, labels=labels, counts=counts)
     flat = torch.zeros(2, 16, 24, device=device, dtype=dtype)
     saccade.draw_heatmap(flat, centers[0], radii[0], labels[0])
-    return [heatmap, flat]
+    ellipses = torch.stack([radii, radii.flip(-1)], -1)
+    targets = saccade.heatmap_targets(centers, ellipses, (16, 24), counts=counts)
+    boxes = torch.cat([centers - 1.5, centers + torch.tensor([2.5, 3.0], device=device)], -1).to(dtype)
+    of_boxes = saccade.boxes_to_heatmap(boxes, labels, (16, 24), 1, 0.3, "mmdet", num_classes=3, counts=counts)
+    return [heatmap, flat, targets, of_boxes]
+
+
+def _ragged(device: str, dtype: torch.dtype) -> list[Tensor]:
+    random = _inputs(device, dtype)
+    data, entries = random(2, 5, 3, requires_grad=True), random(2, 4, 3, requires_grad=True)
+    sizes = torch.tensor([4, 2], device=device)
+    index = saccade.RaggedBatch(torch.tensor([[3, 0, -1, 1], [2, 4, 9, 9]], device=device), sample_sizes=sizes)
+    repeated = saccade.RaggedBatch(torch.tensor([[1, 1, 0, 1], [2, 2, 9, 9]], device=device), sample_sizes=sizes)
+    picked = saccade.ragged.batched_indexing_access(data, repeated).tensor
+    spread = saccade.ragged.batched_inverse_indexing_access(entries, index, 6)
+    written = saccade.ragged.batched_indexing_write(entries, index, data)
+    mapped = saccade.ragged.batched_index_mapping(entries, repeated, index, data)
+    mask = saccade.ragged.get_mask_from_indices(5, index)
+    combined = saccade.ragged.combine_data([data[0], data[1, :2]]).tensor
+    results = [_with_gradients(picked, data), _with_gradients(spread, entries), _with_gradients(combined, data)]
+    results += [_with_gradients(written, data, entries), _with_gradients(mapped, data, entries)]
+    return [tensor for result in results for tensor in result] + [mask.to(dtype)]
 
 
 CHECKS: dict[str, Callable[[str, torch.dtype], list[Tensor]]] = {
@@ -98,6 +119,7 @@ CHECKS: dict[str, Callable[[str, torch.dtype], list[Tensor]]] = {
     "focal_loss": _focal_loss,
     "gaussian_focal_loss": _gaussian_focal_loss,
     "gaussian_heatmap": _gaussian_heatmap,
+    "ragged": _ragged,
 }
 
 

@@ -1,9 +1,8 @@
 """Kernels of what all losses do with their elements: visit them where they lie, and sum them in a fixed order.
 
 Each program of a loss's own kernel sums the elements of every n-th tile to one number. A kernel of one program then
-adds these numbers up and divides. A counter that tells the last program
-that it is the last would save that launch, but has to be cleared by one, or be kept from call to call, where graphs
-that run side by side would share it.
+adds these numbers up and divides. A counter that tells the last program that it is the last would save that launch, but
+has to be cleared by one, or be kept from call to call, where graphs that run side by side would share it.
 """
 
 from functools import lru_cache
@@ -18,8 +17,8 @@ from saccade.kernel_launch import LaunchedKernel, PreparedLaunch, overlapping, w
 # So many programs keep a GPU busy, and leave few sums to add up.
 _ENOUGH_PROGRAMS = 4096
 
-# At most so many losses are added up one after the other in the precision they are computed in: thousands would drift.
-# The programs' sums are added up in float64.
+# About so many losses at most are added up one after the other in the precision they are computed in: thousands would
+# drift. The programs' sums are added up in float64.
 _IN_A_ROW = 32
 
 # Programs of a launch that sums nothing, at most.

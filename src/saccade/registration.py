@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch._C import DispatchKey, DispatchKeySet
-from torch.autograd import Function, profiler
+from torch.autograd import Function, forward_ad, profiler
 from torch.overrides import has_torch_function_unary
 
 library = torch.library.Library("saccade", "FRAGMENT")
@@ -142,10 +142,11 @@ _OF_NO_MODE = _keys("BackendSelect", "ADInplaceOrView")
 
 
 def _nothing_watches() -> bool:
-    """Whether nothing traces, transforms, profiles or overrides calls."""
+    """Whether nothing traces, transforms, profiles or overrides calls, and no tangents go with tensors."""
     return not (
         torch.compiler.is_compiling()
         or profiler._is_profiler_enabled
+        or forward_ad._current_level >= 0
         or torch._C._is_torch_function_mode_enabled()
         or _modes_under_way().raw_repr() != _OF_NO_MODE
         or _is_excluded(DispatchKey.AutogradFunctionality)

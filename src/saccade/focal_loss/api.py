@@ -309,15 +309,16 @@ class _SigmoidFocalLoss(Gradient):
     @staticmethod
     def save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
         logits, target, weight, class_weight, *numbers, avg_factor, scale, eps = args
-        ctx.save_for_backward(logits, target, weight, class_weight, avg_factor, ctx.gradient)
+        # Not the gradient: what is saved must not depend on the way a call takes. Checkpointing may take either of them
+        # when it makes the saved tensors again, and tells them apart by their position.
+        ctx.save_for_backward(logits, target, weight, class_weight, avg_factor)
         ctx.numbers = numbers, scale, eps
-        del ctx.gradient
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, avg_factor, gradient = ctx.saved_tensors
-        if gradient is not None and not torch.is_grad_enabled():
-            return gradient * (grad_output.reshape(()) if grad_output.ndim else grad_output), *[None] * 10
+        *tensors, avg_factor = ctx.saved_tensors  # raises if they are freed, or were written to
+        if ctx.gradient is not None and not torch.is_grad_enabled():
+            return ctx.gradient * (grad_output.reshape(()) if grad_output.ndim else grad_output), *[None] * 10
         numbers, scale, eps = ctx.numbers
         needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
         grad_logits, grad_weight = _call_sigmoid_backward(

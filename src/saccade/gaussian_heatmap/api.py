@@ -376,10 +376,12 @@ def _map_shape(batch: int, size: Any, labels: Tensor | None, num_classes: Any) -
 
 
 def _require_whole(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected int, got {type(value).__name__}")
     if value < 0:
         raise ValueError(f"{name}: expected an int >= 0, got {value}")
+    if value >= 2**63:
+        raise ValueError(f"{name}: expected an int of 64 bits, got {value}")
 
 
 def _pair(name: str, values: Any, above: float = -math.inf) -> tuple[float, float]:

@@ -263,7 +263,7 @@ def _prepare(
     parts = min(tiling.programs // targets, triton.cdiv(height, tiling.height))
     log2_parts = max(1, parts).bit_length() - 1
     # 32 bits are enough if all offsets fit, of tiles that reach beyond the last map too, and one launch is all.
-    cells = (samples * maps * height + tiling.height) * width + tiling.width
+    cells = (samples * maps * height + (tiling.height << log2_parts)) * width + tiling.width
     is_small = max(cells, extent, slots << log2_parts) < 2**31 and samples <= _MOST_PROGRAMS_OF_OTHER_AXES
     samples_at_once = min(samples, _MOST_PROGRAMS_OF_OTHER_AXES)
     at_once = _MOST_PROGRAMS >> log2_parts  # slots

@@ -10,9 +10,6 @@ from torch import Tensor
 
 from saccade.gaussian_heatmap.radius import radius_of
 
-# Coordinates and radii beyond this count as this, so that no sum or difference of two overflows int64.
-_LIMIT = 2**62 - 1
-
 
 def draw_heatmap(
     heatmaps: Tensor,  # (maps, H, W), contiguous
@@ -26,12 +23,10 @@ def draw_heatmap(
     maps, height, width = heatmaps.shape
     dtype = heatmaps.dtype
     heatmap_idxes = heatmap_idxes.long()
-    x, y = centers.long().clamp(-_LIMIT, _LIMIT).unbind(-1)
-    radii = radii.long().clamp(-_LIMIT, _LIMIT)
+    x, y = centers.long().unbind(-1)
+    radii = radii.long()
     across, down = radii.unbind(-1) if radii.dim() == 2 else (radii, radii)
-    top, left = (y - down).clamp(min=0), (x - across).clamp(min=0)
-    rows = ((y + down).clamp(max=height - 1) - top + 1).clamp(min=0)
-    columns = ((x + across).clamp(max=width - 1) - left + 1).clamp(min=0)
+    (top, rows), (left, columns) = _span(y, down, height), _span(x, across, width)
     area = torch.where((heatmap_idxes >= 0) & (heatmap_idxes < maps), rows * columns, 0)
     end = area.cumsum(0)  # of each target's window in the list of cells
     start = end - area
@@ -62,6 +57,13 @@ def draw_heatmap(
             torch.where(exists, value, -torch.inf),
             "amax",
         )
+
+
+def _span(center: Tensor, radius: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """First cell of a window along one axis, cut to the map, and how many cells there are; whatever the numbers are."""
+    first = torch.where(radius >= center, 0, center - radius)
+    after = torch.where(center >= size - 1 - radius.clamp(min=0), size, center + radius + 1)
+    return first, torch.where(radius >= 0, after - first, 0).clamp(min=0)
 
 
 def draw_heatmap_batched(

@@ -63,7 +63,7 @@ def batched_indexing_access(
     _require_indices("input_indices", input_indices)
     dim = _dim_to_index_in(dim_to_index_in, input_indices)
     data = _padded("input_data", input_data, input_indices, dim)
-    if operators.serve(data):
+    if operators.serve(data, input_indices.tensor):
         index, sizes = _for_operator("input_indices", input_indices, data.shape[1])
         entries = operators.gather(data, index, sizes, filler_value)
     else:
@@ -117,7 +117,7 @@ def batched_inverse_indexing_access(
     _require_count("output_num_targets", output_num_targets)
     data = _padded("input_data", input_data, output_indices, dim)
     data = _first_entries("input_data", data, output_indices)
-    if operators.serve(data):
+    if operators.serve(data, output_indices.tensor):
         index, sizes = _for_operator("output_indices", output_indices, output_num_targets)
         spread = operators.spread(data, index, sizes, None, 0, output_num_targets, filler_value)
     else:
@@ -171,7 +171,7 @@ def batched_indexing_write(
     data = _padded("to_write_into", to_write_into, output_indices, dim)
     _require_same_data_dims("to_write", entries, "to_write_into", data)
     entries = _first_entries("to_write", entries, output_indices)
-    if operators.serve(entries, data):
+    if operators.serve(entries, data, output_indices.tensor):
         index, sizes = _for_operator("output_indices", output_indices, data.shape[1])
         written = operators.put(data, entries, index, sizes, None, 0)
     else:
@@ -252,7 +252,7 @@ def batched_index_mapping(
     source = _padded("source_data", source_data, source_indices, source_dim)
     target = _padded("target_data", target_data, source_indices, target_dim)
     _require_same_data_dims("source_data", source, "target_data", target)
-    if operators.serve(source, target):
+    if operators.serve(source, target, source_indices.tensor, target_indices.tensor):
         source_index, sizes = _for_operator("source_indices", source_indices, source.shape[1])
         target_index, sizes = _for_operator("target_indices", target_indices, target.shape[1], sizes)
         written = operators.transfer(target, source, target_index, sizes, source_index)

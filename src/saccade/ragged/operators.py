@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from saccade.ragged.rows import (
     beside_entries,
@@ -33,13 +34,21 @@ from saccade.triton_dispatch import served_by_triton
 _is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def serve(tensor: Tensor, other: Tensor | None = None) -> bool:
-    """Whether calls on these tensors go through the operators; not where ``torch.func`` transforms one."""
-    if not served_by_triton(tensor):
+def serve(*tensors: Tensor) -> bool:
+    """Whether calls on these tensors go through the operators.
+
+    Not where ``torch.func`` transforms one of them, or tangents of forward-mode differentiation go with them.
+    """
+    if not served_by_triton(tensors[0]):
         return False
     if torch.compiler.is_compiling():
         return True
-    return not (_is_transformed(tensor) or (other is not None and _is_transformed(other)))
+    if forward_ad._current_level >= 0:
+        return False
+    for tensor in tensors:  # noqa: SIM110 - any(...) takes twice as long
+        if _is_transformed(tensor):
+            return False
+    return True
 
 
 @cache
