@@ -636,7 +636,7 @@ def test_what_cannot_be_asked_is_one_line_and_exit_code_2(root, tmp_path):
 
 def test_without_the_devkit_one_line_says_what_to_install(root, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "nuscenes.nuscenes", None)
-    fails_with_one_line(["--nuscenes", str(root), "--out", str(tmp_path)], "pip install nuscenes-devkit")
+    fails_with_one_line(["--nuscenes", str(root), "--out", str(tmp_path)], "pip install '.[nuscenes]'")
 
 
 @needs_devkit

@@ -15,10 +15,13 @@ import torch
 from typer.testing import CliRunner
 
 from saccade.cli import app
-from saccade.demo import journal
+from saccade.demo import DemoError, SampleError, journal, run
 from saccade.demo.checkpoint import FORMAT
 from saccade.demo.distribution import Ranks
+from saccade.demo.geometry import Sample
 from saccade.demo.model import Detector
+from saccade.demo.nuscenes import LoadedFrames
+from saccade.demo.run import DemoOptions, _what_it_is
 from saccade.demo.train import Recipe, Trainer, make_batch
 from small_demo import SmallScenes, after_step, make_small, small_config
 
@@ -106,6 +109,7 @@ def test_killed_and_resumed_is_as_if_undisturbed(tmp_path, undisturbed):
     options = ["--steps", 7, "--checkpoint", file, "--checkpoint-every", 2, "--out", tmp_path]
     process = script(*options, "--device", "cpu", KILLED_AFTER="5")
     assert process.wait() == -signal.SIGKILL, process.communicate()
+    process.communicate(timeout=30)  # the processes that make samples have its output open: they end, too
     assert saved(file)["trainer"]["step"] == 4
     result = demo(*options, "--json", report)
     assert result.exit_code == 0, result.output
@@ -194,6 +198,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     for content in (torch.ones(3), {"model": {}}, {"format": FORMAT + "0", "run": {}, "state": {}}):
         torch.save(content, file)
         refused(file, "is no checkpoint")
+    for content in ({}, {"state": {}}, {"run": {}}, {"run": [], "state": {}}, {"run": {}, "state": None}):
+        torch.save({"format": FORMAT, **content}, file)
+        refused(file, "is no checkpoint")
     refused(tmp_path, "cannot read")
     refused(tmp_path / "nowhere" / "c.pt", "no directory")
 
@@ -210,6 +217,20 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
 )
 def test_a_checkpoint_of_another_run_is_refused(undisturbed, options, message):
     refused(undisturbed, message, *options)
+
+
+def test_what_names_the_same_data_is_the_same_run():
+    recipe = Recipe(1)
+
+    def what_it_is(**data: Any) -> dict[str, Any]:
+        return _what_it_is(DemoOptions(1, 0, None, "cpu", "off", Path(), **data), recipe)
+
+    root = Path("nuscenes")
+    expected = what_it_is(nuscenes=root, version="v1.0-mini", scenes=("a", "b"))
+    assert what_it_is(nuscenes=root, scenes=("b", "a", "b")) == expected
+    assert what_it_is(nuscenes=root, scenes=("a",)) != expected
+    assert what_it_is(nuscenes=root, version="v1.0-trainval", scenes=("a", "b")) != expected
+    assert what_it_is()["--version"] is None
 
 
 def test_a_checkpoint_of_another_detector_is_refused(undisturbed, monkeypatch):
@@ -229,6 +250,7 @@ def test_an_old_checkpoint_survives_a_failed_write(tmp_path, undisturbed, monkey
     monkeypatch.setattr(os, "fsync", no_room)
     refused(file, "No space left on device")
     assert file.read_bytes() == before
+    assert not file.with_name("c.pt.partial").exists()
 
 
 def at_step(state: dict[str, Any], step: int) -> dict[str, Any]:
@@ -286,14 +308,60 @@ def test_gradients_of_ranks_with_several_passes_are_those_of_one_process(tmp_pat
 @pytest.mark.parametrize("device", PAIRS)
 def test_a_rank_that_fails_ends_all(tmp_path, device):
     process = script("--device", device, "--steps", 1000, "--out", tmp_path, ranks=2, FAILING_RANK="1")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=180)
     assert process.returncode != 0
     assert "this rank was told to fail" in errors
 
 
-def test_what_is_refused_under_torchrun(tmp_path, monkeypatch):
-    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+def be_rank(monkeypatch, rank: Any) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize(("rank", "status"), [(0, 130), (1, 0)])
+def test_the_first_rank_alone_tells_of_an_interruption(tmp_path, monkeypatch, rank, status):
+    """torchrun ends all ranks when one of them fails, and the first one is the last to be done."""
+    be_rank(monkeypatch, rank)
+    monkeypatch.setattr(run, "run_demo", lambda _: {"interrupted": True})
+    assert demo("--out", tmp_path).exit_code == status
+
+
+@pytest.mark.parametrize(("error", "told"), [(DemoError("fault"), ""), (SampleError("fault"), "saccade demo: fault\n")])
+def test_another_rank_tells_what_is_wrong_with_its_samples(tmp_path, monkeypatch, error, told):
+    def raise_it(_: Any) -> None:
+        raise error
+
+    be_rank(monkeypatch, 1)
+    monkeypatch.setattr(run, "run_demo", raise_it)
+    result = demo("--out", tmp_path)
+    assert (result.exit_code, result.stderr) == (2, told)
+
+
+def test_a_fault_in_a_held_out_sample_is_a_sample_error():
+    source = SmallScenes(0, 0)
+    scenes = source.held_out
+
+    def load(index: int) -> Sample:
+        if index == 1:
+            raise DemoError("not a readable image")
+        return scenes[index]
+
+    held_out: Any = LoadedFrames(load, len(scenes))
+    source.held_out = held_out
+    trainer = Trainer(source, Detector(small_config(num_classes=4)), torch.device("cpu"), Recipe(1))
+    with pytest.raises(SampleError, match="not a readable image"):
+        trainer.evaluate()
+
+
+def test_a_rank_that_is_no_number_is_one_line(tmp_path, monkeypatch):
+    be_rank(monkeypatch, "a")
+    result = demo("--out", tmp_path)
+    message = "RANK in the environment: expected a number, as torchrun sets it, got 'a'"
+    assert (result.exit_code, result.stderr) == (2, f"saccade demo: {message}\n")
+
+
+def test_what_is_refused_under_torchrun(tmp_path, monkeypatch):
+    be_rank(monkeypatch, 0)
     assert Ranks.from_environment() == Ranks(0, 2, 0, 2)
     result = demo("--batch", 3, "--out", tmp_path)
     assert (result.exit_code, result.stderr) == (
@@ -403,3 +471,4 @@ def test_a_directory_for_tensorboard_that_cannot_be_made_is_one_line(tmp_path):
     assert result.exit_code == 2
     assert len(result.stderr.strip().splitlines()) == 1
     assert "--tensorboard" in result.stderr
+    assert "Evaluating" not in result.output  # it shows before time is spent

@@ -112,18 +112,20 @@ def demo(
 
     Without --frame and --nuscenes it learns from rendered scenes, a new one at every step, and is evaluated on others.
     torchrun --nproc-per-node N -m saccade demo trains in N processes. Ctrl-C ends training early: what there is then is
-    saved, evaluated and drawn, and the status is 130; a second one ends at once.
+    saved, evaluated and drawn, and the status is 130; a second one ends at once. Under torchrun
+    the status is 1, and what is not done after 30 s is killed; the checkpoint is written first.
     """
     import torch
 
     from saccade.demo.distribution import Ranks
     from saccade.demo.run import DemoOptions, run_demo
 
-    ranks = Ranks.from_environment()
-    if ranks.index > 0:  # the first one writes
-        json_file = evaluate = None
+    ranks = Ranks()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        ranks = Ranks.from_environment()
+        if ranks.index > 0:  # the first one writes
+            json_file = evaluate = None
         require_writable(out, json_file)
         require_writable_file(evaluate, "--evaluate")
         names = None if scenes is None else tuple(name.strip() for name in scenes.split(",") if name.strip())
@@ -157,7 +159,8 @@ def demo(
         raise typer.Exit(130) from None
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if report["interrupted"]:
+    # Another rank is done earlier: if it failed, torchrun would end the first one, which still draws and writes.
+    if report["interrupted"] and ranks.index == 0:
         raise typer.Exit(130)
 
 

@@ -6,7 +6,7 @@ import signal
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,9 @@ class Checkpoint:
             os.replace(self.partial, self.file)
         except OSError as error:
             raise DemoError(f"--checkpoint {self.file}: cannot write this file ({error.strerror})") from error
+        finally:
+            with suppress(OSError):  # as a rule it is not there any more
+                self.partial.unlink()
 
     def load(self) -> dict[str, Any] | None:
         """What was saved, on the CPU; None if nothing was.
@@ -67,7 +70,11 @@ class Checkpoint:
             damaged, loaded = content.startswith(b"PK"), None
         if damaged:
             raise DemoError(f"--checkpoint {self.file}: is cut short or damaged; delete it to start anew")
-        if not isinstance(loaded, dict) or loaded.get("format") != FORMAT:
+        if (
+            not isinstance(loaded, dict)
+            or loaded.get("format") != FORMAT
+            or not all(isinstance(loaded.get(name), dict) for name in ("run", "state"))
+        ):
             raise DemoError(f"--checkpoint {self.file}: is no checkpoint of this version of saccade demo")
         for option, value in self.run.items():
             before = loaded["run"].get(option)

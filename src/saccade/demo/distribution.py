@@ -27,10 +27,19 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """As torchrun tells in the environment."""
+        """As torchrun tells in the environment.
+
+        Raises:
+            DemoError: What is told there is no number.
+        """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        told = [int(os.environ[name]) for name in names if name in os.environ]
-        return cls(*told) if len(told) == len(names) else cls()
+        told = [(name, os.environ[name]) for name in names if name in os.environ]
+        if len(told) < len(names):
+            return cls()
+        for name, value in told:
+            if not value.isdecimal():
+                raise DemoError(f"{name} in the environment: expected a number, as torchrun sets it, got {value!r}")
+        return cls(*(int(value) for _, value in told))
 
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:

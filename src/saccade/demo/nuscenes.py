@@ -27,6 +27,7 @@ from saccade.demo.scene import CAMERA_NAMES, IMAGE_WH
 
 SPLITS = {"v1.0-mini": ("mini_train", "mini_val"), "v1.0-trainval": ("train", "val")}
 """Versions of the data set with annotations, and their official splits: to learn from, to be judged on."""
+DEFAULT_VERSION = "v1.0-mini"
 LIDAR = "LIDAR_TOP"
 RACK = "static_object.bicycle_rack"
 MAX_BOXES = 500
@@ -194,7 +195,7 @@ class NuScenesScenes:
     loaders = LOADERS
     num_cams = len(CAMERA_NAMES)
 
-    def __init__(self, root: Path, version: str = "v1.0-mini", scenes: Iterable[str] | None = None, seed: int = 0):
+    def __init__(self, root: Path, version: str = DEFAULT_VERSION, scenes: Iterable[str] | None = None, seed: int = 0):
         self.root = root
         self.seed = seed
         self.tables = _tables(root, version)
@@ -351,7 +352,10 @@ def _tables(root: Path, version: str) -> Any:
     try:
         from nuscenes.nuscenes import NuScenes  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise DemoError(f"--nuscenes needs nuscenes-devkit: pip install nuscenes-devkit ({error})") from error
+        raise DemoError(
+            "--nuscenes needs nuscenes-devkit: pip install '.[nuscenes]', or with NumPy 2 or Python 3.13 as "
+            f"docs/demo.md says ({error})"
+        ) from error
     try:
         return NuScenes(version, str(root), verbose=False)
     except (AssertionError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:

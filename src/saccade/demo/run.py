@@ -22,7 +22,7 @@ from saccade.demo.distribution import Ranks, deterministic_algorithms
 from saccade.demo.evaluation import MIN_SCORE, Counts, Detections
 from saccade.demo.journal import Journal, require_tensorboard
 from saccade.demo.model import Detector, DetectorConfig
-from saccade.demo.nuscenes import NuScenesScenes
+from saccade.demo.nuscenes import DEFAULT_VERSION, NuScenesScenes
 from saccade.demo.plots import draw_birds_eye, draw_cameras, draw_heatmaps
 from saccade.demo.progress import draw_curves, draw_progress
 from saccade.demo.sampling import draw_sampling, recorded, telling_query
@@ -122,14 +122,14 @@ def _run(options: DemoOptions, recipe: Recipe, device: torch.device, ranks: Rank
         with _progress(console, what, len(range(ranks.index, len(source.held_out), ranks.count))) as (progress, task):
             return trainer.evaluate(exchange_images=exchange_images, done=lambda: progress.advance(task))
 
-    if saved is None:
-        history = History(evaluated("Evaluating, untrained"))
-    else:
+    history = None
+    if saved is not None:
         history = _resumed(saved, trainer, checkpoint)
         console.print(f"Resumed after {trainer.step} of {steps} steps.")
     resumed_at = trainer.step
     journal = Journal(options.tensorboard if ranks.index == 0 else None, resumed_at)
-    if saved is None:
+    if history is None:
+        history = History(evaluated("Evaluating, untrained"))
         journal.evaluation(0, "untrained", history.untrained)
     _train(trainer, history, checkpoint, journal, options, console)
     trained = evaluated("Evaluating, trained")
@@ -281,8 +281,8 @@ def _what_it_is(options: DemoOptions, recipe: Recipe) -> dict[str, Any]:
         "--amp": recipe.amp,
         "--frame": options.frame and str(options.frame.resolve()),
         "--nuscenes": options.nuscenes and str(options.nuscenes.resolve()),
-        "--version": options.version,
-        "--scenes": options.scenes and ",".join(options.scenes),
+        "--version": options.version or (options.nuscenes and DEFAULT_VERSION),
+        "--scenes": options.scenes and ",".join(sorted(set(options.scenes))),
     }
 
 
@@ -304,7 +304,7 @@ def _source(options: DemoOptions, console: Console) -> Source:
     if options.frame is not None:
         raise DemoError("--frame and --nuscenes: expected one of them, got both")
     with console.status("Reading the tables of nuScenes"):
-        return NuScenesScenes(options.nuscenes, options.version or "v1.0-mini", options.scenes, options.seed)
+        return NuScenesScenes(options.nuscenes, options.version or DEFAULT_VERSION, options.scenes, options.seed)
 
 
 def _benchmark(trainer: Trainer, source: NuScenesScenes, path: Path, console: Console) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Targets, losses, training and evaluation of the demo's detector."""
 
 import math
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, replace
@@ -363,8 +365,16 @@ def _as_it_is(samples: Any) -> Any:
     return samples
 
 
-def _leave_interrupts_to_the_trainer(_: int) -> None:
+def _end_with_the_trainer(_: int) -> None:
+    """Leaves Ctrl-C to the trainer's process, and ends this one with it, however that one ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trainer: Any = multiprocessing.parent_process()
+
+    def end() -> None:
+        trainer.join()
+        os._exit(1)  # an orderly exit waits until samples are taken out of a pipe that nobody reads any more
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 class Trainer:
@@ -425,7 +435,7 @@ class Trainer:
             sampler=range(self.step, self.recipe.steps),
             num_workers=max(1, min(self.source.loaders, cores // self.ranks.local_count - 1)),
             collate_fn=_as_it_is,  # arrays go through pipes; tensors would need room in shared memory
-            worker_init_fn=_leave_interrupts_to_the_trainer,
+            worker_init_fn=_end_with_the_trainer,
             generator=torch.Generator(),  # so that nothing is drawn from the generator of all
         )
         return iter(loader)
@@ -509,16 +519,22 @@ class Trainer:
             exchange_images: Give every camera the image of its neighbour, but not its projection matrix.
             first: Look at no more than so many samples.
             done: Called after each sample.
+
+        Raises:
+            SampleError: A sample of this rank's share cannot be made.
         """
         self.ranks.copy_of_first(self.model.buffers())  # statistics of batch normalization differ a little
         counts = Counts()
         held_out = self.source.held_out
         end = len(held_out) if first is None else min(first, len(held_out))
         mine = range(self.ranks.index, end, self.ranks.count)
-        for sample in made_ahead(held_out.__getitem__, mine, self.source.loaders):
-            seen = replace(sample, images=np.roll(sample.images, 1, axis=0)) if exchange_images else sample
-            counts += match(self.detect(seen)[0], sample.boxes, sample.labels)
-            done()
+        try:
+            for sample in made_ahead(held_out.__getitem__, mine, self.source.loaders):
+                seen = replace(sample, images=np.roll(sample.images, 1, axis=0)) if exchange_images else sample
+                counts += match(self.detect(seen)[0], sample.boxes, sample.labels)
+                done()
+        except DemoError as error:
+            raise SampleError(str(error)) from error
         return Counts(*self.ranks.sum(torch.tensor(astuple(counts))).tolist())
 
     def counted(self, detections: Detections, sample: Sample) -> Counts:
