@@ -110,7 +110,9 @@ def _ragged(device: str, dtype: torch.dtype) -> list[Tensor]:
     mask = saccade.ragged.get_mask_from_indices(5, index)
     combined = saccade.ragged.combine_data([data[0], data[1, :2]]).tensor
     results = [_with_gradients(picked, data), _with_gradients(spread, entries), _with_gradients(combined, data)]
-    results += [_with_gradients(written, data, entries), _with_gradients(mapped, data, entries)]
+    for result in written, mapped:
+        assert isinstance(result, Tensor)  # as the data are
+        results.append(_with_gradients(result, data, entries))
     return [tensor for result in results for tensor in result] + [mask.to(dtype)]
 
 
