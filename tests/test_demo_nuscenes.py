@@ -424,7 +424,7 @@ def test_a_fault_in_a_thread_is_raised_where_the_sample_is_wanted():
 
 
 def test_loaded_frames_are_a_sequence():
-    loaded: Any = LoadedFrames(lambda index: index, 5)  # type: ignore[arg-type, return-value]
+    loaded: Any = LoadedFrames(lambda index: index, 5)
     assert len(loaded) == 5
     assert list(loaded) == [0, 1, 2, 3, 4]
     assert (loaded[1], loaded[-1], loaded[1:3]) == (1, 4, [1, 2])
