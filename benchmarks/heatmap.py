@@ -67,13 +67,12 @@ def _passes(name: str, compare: bool, say: Say) -> Iterator[dict[str, Any]]:
     def clear_and_draw() -> Tensor:
         return saccade.heatmap_targets(centers, radii, shape[-2:], labels=labels, num_classes=classes, counts=counts)
 
-    def redraw_concatenated() -> Tensor:
-        saccade.draw_heatmap(maps, *targets)
+    def redraw_concatenated(clear: bool = False) -> Tensor:
+        saccade.draw_heatmap(maps, *targets, clear=clear)
         return maps.view(shape)
 
     def clear_and_draw_concatenated() -> Tensor:
-        maps.zero_()
-        return redraw_concatenated()
+        return redraw_concatenated(clear=True)
 
     passes = {
         "redraw": redraw,

@@ -545,6 +545,52 @@ def test_labels_of_boxes(device):
             draw(labels)
 
 
+# ---- clearing
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("slots", [0, 3])
+def test_clearing_is_drawing_into_zeros(slots, dtype, device):
+    generator = torch.Generator().manual_seed(1)
+    centers = torch.randint(0, 9, (2, slots, 2), generator=generator).to(device)
+    radii = torch.randint(0, 5, (2, slots), generator=generator).to(device)
+    labels = torch.randint(0, 4, (2, slots), generator=generator).to(device)
+    counts = torch.tensor([slots, slots // 2], device=device)
+    old = torch.full((2, 4, 9, 8), torch.nan, dtype=dtype, device=device)
+    cleared = torch.zeros_like(old)
+    for heatmap, clear in (old, True), (cleared, False):
+        saccade.draw_heatmap_batched(heatmap, centers, radii, labels=labels, counts=counts, clear=clear)
+    assert torch.equal(old, cleared)
+    assert (old == 1).any() == (slots > 0)
+
+    old.fill_(torch.inf)
+    cleared.zero_()
+    for heatmap, clear in (old, True), (cleared, False):
+        maps = heatmap.view(8, 9, 8)
+        saccade.draw_heatmap(maps, centers.flatten(0, 1), radii.flatten(), labels.flatten() + 4, clear=clear)
+    assert torch.equal(old, cleared)
+    assert (old[1] == 1).any() == (slots > 0)
+    assert not old[0].any()
+
+
+@pytest.mark.interpreted
+def test_clearing_a_large_map_leaves_what_lies_behind_it(device):
+    memory = torch.ones(20_001, device=device)
+    index = torch.zeros(1, dtype=torch.int64, device=device)
+    saccade.draw_heatmap(memory[:20_000].view(1, 100, 200), torch.stack([index, index], 1), index, index, clear=True)
+    assert memory[[0, -1]].tolist() == [1, 1]
+    assert not memory[1:-1].any()
+
+
+def test_clear_is_true_or_false(device):
+    heatmap, centers, radii, counts = simple_targets(device)
+    with pytest.raises(TypeError, match="clear: expected True or False, got 1"):
+        saccade.draw_heatmap_batched(heatmap, centers, radii, counts=counts, clear=1)
+    with pytest.raises(TypeError, match="clear: expected True or False, got None"):
+        saccade.draw_heatmap(heatmap, centers[0], radii[0], radii[0] - 1, clear=None)
+
+
 # ---- what autograd and torch.compile see
 
 
@@ -556,7 +602,11 @@ def _draw_batched(heatmap: Tensor, centers: Tensor, radii: Tensor, counts: Tenso
     saccade.draw_heatmap_batched(heatmap, centers, radii, counts=counts)
 
 
-both_forms = pytest.mark.parametrize("draw", [_draw_flat, _draw_batched])
+def _clear_and_draw(heatmap: Tensor, centers: Tensor, radii: Tensor, counts: Tensor) -> None:
+    saccade.draw_heatmap_batched(heatmap, centers, radii, counts=counts, clear=True)
+
+
+all_forms = pytest.mark.parametrize("draw", [_draw_flat, _draw_batched, _clear_and_draw])
 
 
 def simple_targets(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -565,7 +615,7 @@ def simple_targets(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.zeros(1, 2, 3, device=device), centers, ones, ones[0]
 
 
-@both_forms
+@all_forms
 def test_a_tensor_saved_before_the_drawing_is_not_used_in_its_changed_form(draw, device):
     heatmap, *targets = simple_targets(device)
     leaf = torch.ones(1, 2, 3, device=device, requires_grad=True)
@@ -577,7 +627,7 @@ def test_a_tensor_saved_before_the_drawing_is_not_used_in_its_changed_form(draw,
         product.backward()
 
 
-@both_forms
+@all_forms
 def test_the_version_counts_even_if_a_kernel_writes_past_torch(draw, monkeypatch):
     monkeypatch.setattr(reference, "draw_heatmap", lambda heatmaps, *_: heatmaps.numpy().fill(1))
     heatmap, *targets = simple_targets("cpu")
@@ -587,7 +637,7 @@ def test_the_version_counts_even_if_a_kernel_writes_past_torch(draw, monkeypatch
     assert heatmap._version == version + 1
 
 
-@both_forms
+@all_forms
 def test_compiled_drawing_changes_the_callers_map(draw, device):
     heatmap, *targets = simple_targets(device)
     expected = heatmap.clone()
@@ -606,7 +656,7 @@ def test_compiled_drawing_changes_the_callers_map(draw, device):
     assert (before, after) == (0, expected.sum())
 
 
-@both_forms
+@all_forms
 def test_a_version_counts_in_compiled_code_too(draw, device):
     heatmap, *targets = simple_targets(device)
     leaf = torch.ones(1, 2, 3, device=device, requires_grad=True)
@@ -617,7 +667,7 @@ def test_a_version_counts_in_compiled_code_too(draw, device):
         product.backward()
 
 
-@both_forms
+@all_forms
 def test_drawing_in_inference_mode(draw, device):
     heatmap, *targets = simple_targets(device)
     expected = heatmap.clone()

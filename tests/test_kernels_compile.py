@@ -115,7 +115,7 @@ def sigmoid_focal(
     class_weight: torch.Tensor | None = None,
     avg_factor: torch.Tensor | None = None,
 ) -> None:
-    from saccade.focal_loss.kernels import sigmoid_focal_loss, sigmoid_focal_loss_backward
+    from saccade.focal_loss.kernels import prepare_sigmoid_focal_loss, sigmoid_focal_loss_backward
 
     logits = torch.empty(ROWS, classes, dtype=dtype)
     if permuted:
@@ -123,10 +123,10 @@ def sigmoid_focal(
     if target is None:
         target = torch.empty(logits.shape[:-1], dtype=torch.int64)
     rest = (logits, target, weight, class_weight, alpha, gamma, activated, kind, avg_factor, 1.0, 0.0)
-    result = sigmoid_focal_loss(*rest)
+    result = prepare_sigmoid_focal_loss(*rest)(*rest)
     sigmoid_focal_loss_backward(result, *rest, [True, weight is not None])
     if kind != "none":
-        sigmoid_focal_loss(*rest, torch.empty_like(logits))  # gradients and all
+        prepare_sigmoid_focal_loss(*rest, with_gradient=True)(*rest)
 
 
 def softmax_focal(
@@ -175,12 +175,11 @@ def draw_heatmap(
     ellipses: bool = False,
     k_scale: float = 1.0,
 ) -> None:
-    from saccade.gaussian_heatmap.kernels import draw_heatmap
+    from saccade.gaussian_heatmap.kernels import prepare_heatmap
 
     targets = [torch.empty(48, *rest, dtype=index_dtype) for rest in ((2,), (2,) if ellipses else (), ())]
-    draw_heatmap(
-        torch.empty(3, *size, dtype=dtype, device="meta" if size[0] > 2**12 else "cpu"), *targets, 6.0, k_scale
-    )
+    heatmap = torch.empty(3, *size, dtype=dtype, device="meta" if size[0] > 2**12 else "cpu")
+    prepare_heatmap(heatmap, *targets, 6.0, k_scale, False)(heatmap, *targets)
 
 
 def draw_heatmap_batched(
@@ -190,9 +189,9 @@ def draw_heatmap_batched(
     classes: int | None = None,
     index_dtype: torch.dtype = torch.int32,
     ellipses: bool = False,
-    cleared: bool = False,
+    clear: bool = False,
 ) -> None:
-    from saccade.gaussian_heatmap.kernels import draw_heatmap_batched
+    from saccade.gaussian_heatmap.kernels import prepare_heatmap_batched
 
     def integers(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=index_dtype)
@@ -200,13 +199,8 @@ def draw_heatmap_batched(
     radii = integers(4, 50, 2) if ellipses else integers(4, 50)
     heatmap = torch.empty(4, *([] if classes is None else [classes]), *size, dtype=dtype)
     labels = None if classes is None else integers(4, 50)
-    draw_heatmap_batched(heatmap, integers(4, 50, 2), radii, integers(4), labels, 6.0, 1.0, cleared)
-
-
-def clear(*size: int) -> None:
-    from saccade.gaussian_heatmap.kernels import zeros
-
-    zeros(size, torch.device("cpu"))
+    args = heatmap, integers(4, 50, 2), radii, integers(4), labels
+    prepare_heatmap_batched(*args, 6.0, 1.0, clear)(*args)
 
 
 def draw_boxes(
@@ -248,7 +242,7 @@ def ragged(
     kernels.mark(index, sizes, 912)
     kernels.pad(entries.flatten(0, 1), sizes, sizes, 48)
     if numbers:
-        kernels.sum_entries(entries, index, sizes, 912)
+        kernels.prepare_sum(entries, index, sizes, 912)(entries, index, sizes, 912)
 
 
 ROWS = 16384  # many enough elements for the tiles that large inputs have
@@ -303,11 +297,11 @@ CASES: list[tuple[str, Callable[[], object]]] = [
     ("draw_heatmap_batched/float64-large", partial(draw_heatmap_batched, torch.float64, size=(128, 128))),
     ("draw_heatmap_batched/classes", partial(draw_heatmap_batched, classes=20)),
     ("draw_heatmap_batched/classes-int64", partial(draw_heatmap_batched, classes=20, index_dtype=torch.int64)),
-    ("draw_heatmap_batched/cleared", partial(draw_heatmap_batched, cleared=True)),
-    ("draw_heatmap_batched/cleared-large", partial(draw_heatmap_batched, size=(128, 128), classes=80, cleared=True)),
+    ("draw_heatmap_batched/cleared", partial(draw_heatmap_batched, clear=True)),
+    ("draw_heatmap_batched/cleared-large", partial(draw_heatmap_batched, size=(128, 128), classes=80, clear=True)),
     ("draw_heatmap_batched/ellipses", partial(draw_heatmap_batched, ellipses=True)),
-    ("clear", partial(clear, 48, 20, 50)),
-    ("clear/odd", partial(clear, 3, 5, 7)),
+    ("draw_heatmap_batched/cleared-odd", partial(draw_heatmap_batched, size=(5, 7), clear=True)),
+    ("draw_heatmap_batched/cleared-float64", partial(draw_heatmap_batched, torch.float64, clear=True)),
     ("draw_boxes/float32", draw_boxes),
     ("draw_boxes/float16", partial(draw_boxes, torch.float16)),
     ("draw_boxes/bfloat16", partial(draw_boxes, torch.bfloat16)),

@@ -5,6 +5,7 @@ The decision looks at the keys of tensors. With those of a CPU in place of a GPU
 
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,17 +14,36 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from saccade import registration
+from saccade import debug_checks, registration
 from saccade.focal_loss import api, sigmoid_focal_loss
-from saccade.gaussian_heatmap import draw_heatmap
+from saccade.gaussian_heatmap import api as heatmap_api
+from saccade.gaussian_heatmap import draw_heatmap, draw_heatmap_batched, heatmap_targets
 
 OF_CPU_TENSORS = registration._keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
+OF_CALLS = (
+    *(api._call_sigmoid, api._call_sigmoid_backward),
+    *(heatmap_api._call_draw, heatmap_api._call_draw_batched, heatmap_api._call_targets),
+)
 
 
 @pytest.fixture
-def dispatched(monkeypatch) -> list[str]:
-    """Names of the operators that the dispatcher was asked for, on a machine whose CPU counts as a GPU."""
+def as_gpu(monkeypatch) -> None:
+    """A machine whose CPU counts as a GPU, on which no call was made."""
     monkeypatch.setattr(registration, "_OF_GPU_TENSORS", OF_CPU_TENSORS)
+    for call in OF_CALLS:
+        monkeypatch.setattr(call, "_known", [])
+        monkeypatch.setattr(call, "_misses", 0)
+
+
+@pytest.fixture(params=["new", "known"])
+def dispatched(request, as_gpu, monkeypatch) -> list[str]:
+    """Names of the operators that the dispatcher was asked for; calls were made, and are known, or are new."""
+    if request.param == "known":
+        step(*inputs())
+        sigmoid_focal_loss(*inputs())
+        draw(torch.zeros(1, 2, 3))
+        assert len(api._call_sigmoid._known) == 2
+        assert len(heatmap_api._call_draw._known) == 1
     asked: list[str] = []
     call_operator = torch._ops.OpOverload.__call__
 
@@ -53,6 +73,11 @@ def step(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits.detach().requires_grad_()
     loss = sigmoid_focal_loss(logits, labels)
     return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+
+def draw(heatmap: Tensor, **options) -> None:
+    zero = torch.tensor([0])
+    draw_heatmap(heatmap, torch.tensor([[1, 1]]), zero, zero, **options)
 
 
 def assert_right(actual: tuple[Tensor, Tensor]) -> None:
@@ -106,8 +131,7 @@ def test_what_is_written_in_place_has_a_new_version(dispatched):
     heatmap = torch.zeros(1, 2, 3)
     scale = torch.ones((), requires_grad=True)
     product = (heatmap * scale).sum()  # saves the heatmap
-    zero = torch.tensor([0])
-    draw_heatmap(heatmap, torch.tensor([[1, 1]]), zero, zero)
+    draw(heatmap)
     assert dispatched == []
     assert heatmap.sum() == 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -219,6 +243,135 @@ def test_compiled_and_faked(dispatched):
     with torch._subclasses.FakeTensorMode() as mode:
         faked = [mode.from_tensor(value) for value in inputs()]
         assert sigmoid_focal_loss(*faked).shape == ()
+
+
+def test_calls_can_be_told_apart():
+    """Or none is ever known, and nothing but the time tells."""
+    assert registration._guards() is not None
+
+
+def test_nothing_is_known_if_calls_cannot_be_told_apart(as_gpu, monkeypatch):
+    monkeypatch.setattr(registration, "_guards", lambda: None)
+    assert_right(step(*inputs()))
+    assert api._call_sigmoid._known == []
+
+
+def test_what_is_known_is_not_checked_again(as_gpu, monkeypatch):
+    assert_right(step(*inputs()))
+    monkeypatch.setattr(api, "_require_logits", None)
+    assert_right(step(*inputs()))
+
+
+LOGITS, LABELS = inputs()
+OTHERS = {
+    "shape": ((LOGITS[:2], LABELS[:2]), {}),
+    "strides": ((LOGITS.t().contiguous().t(), LABELS), {}),
+    "dtype of logits": ((LOGITS.double(), LABELS), {}),
+    "dtype of labels": ((LOGITS, LABELS.int()), {}),
+    "dense target": ((LOGITS, LOGITS.sigmoid()), {}),
+    "a number": ((LOGITS, LABELS), {"alpha": 0.75}),
+    "reduction": ((LOGITS, LABELS), {"reduction": "none"}),
+    "divisor": ((LOGITS, LABELS), {"avg_factor": 7, "gamma": 1.5}),
+    "divisor as a tensor": ((LOGITS, LABELS), {"avg_factor": torch.tensor(7.0)}),
+    "weight of elements": ((LOGITS, LABELS), {"weight": torch.rand(4, 3)}),
+    "class weight": ((LOGITS, LABELS), {"class_weight": torch.tensor([1.0, 2, 3])}),
+    "weight of another number": ((LOGITS, LABELS), {"weight": torch.ones(5)}),
+    "weight that is no tensor": ((LOGITS, LABELS), {"weight": [1.0, 2, 3, 4]}),
+    "logits that are no tensor": (([[1.0]], LABELS), {}),
+    "labels that are none": ((LOGITS, None), {}),
+    "bool in place of a number": ((LOGITS, LABELS), {"gamma": True}),
+    "divisor that is not finite": ((LOGITS, LABELS), {"avg_factor": float("nan")}),
+    "weight that needs a gradient": ((LOGITS, LABELS), {"weight": torch.ones(4, requires_grad=True)}),
+    "constant that needs one": ((LOGITS, LABELS), {"class_weight": torch.ones(3, requires_grad=True)}),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_calls_are_told_apart_from_known_ones(other, as_gpu):
+    args, options = OTHERS[other]
+
+    def outcome() -> Tensor | str:
+        try:
+            return sigmoid_focal_loss(*args, **options)
+        except (TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    expected = outcome()
+    api._call_sigmoid._known = []
+    for more in {}, {"avg_factor": 3.0}, {"weight": torch.ones(4)}, {"gamma": 1.0}:
+        sigmoid_focal_loss(LOGITS, LABELS, **more)
+    kept = [known._replace(way=wrong_way) for known in api._call_sigmoid._known]
+    assert len(kept) == 4
+    api._call_sigmoid._known = kept
+    for _ in range(2):
+        actual = outcome()
+        assert actual == expected if isinstance(expected, str) else torch.equal(actual, expected)
+
+
+def wrong_way(*_) -> None:
+    raise AssertionError("taken for a known call")
+
+
+def test_other_values_are_no_other_call(as_gpu):
+    sigmoid_focal_loss(LOGITS, LABELS, avg_factor=3.0)
+    (known,) = api._call_sigmoid._known
+    api._call_sigmoid._known = [known._replace(way=wrong_way)]
+    with pytest.raises(AssertionError, match="known call"):
+        sigmoid_focal_loss(LOGITS - 1, LABELS - 1, avg_factor=8.5)
+
+
+def test_maps_are_told_apart_from_known_ones(as_gpu):
+    for maps in (torch.zeros(1, 2, 3), torch.ones(1, 2, 3)):
+        draw(maps)
+        draw(maps, clear=True)
+    assert maps.sum() == 1
+    with pytest.raises(ValueError, match="require grad"), torch.no_grad():
+        draw(torch.zeros(1, 2, 3, requires_grad=True))
+    with pytest.raises(TypeError, match="k_scale: expected a number, got bool"):
+        draw(maps, k_scale=True)
+    draw(maps, k_scale=np.float32(0.5))  # converted, so nothing is kept that computes with it
+    assert all(type(number) in (float, bool) for known in heatmap_api._call_draw._known for number in known.others)
+
+
+def test_maps_with_and_without_labels_are_told_apart(as_gpu):
+    args = torch.tensor([[[1, 1]]]), torch.tensor([[0]])
+    for _ in range(2):
+        one, of_classes = torch.zeros(1, 2, 3), torch.zeros(1, 2, 2, 3)
+        draw_heatmap_batched(one, *args, counts=torch.tensor([1]))
+        draw_heatmap_batched(of_classes, *args, labels=torch.tensor([[1]]), counts=torch.tensor([1]))
+        assert one.sum() == of_classes[0, 1].sum() == 1
+        for labels, classes in (None, None), (torch.tensor([[1]]), 2):
+            assert heatmap_targets(*args, (2, 3), labels=labels, num_classes=classes, counts=args[1][0] + 1).sum() == 1
+
+
+def test_targets_of_other_sizes_are_told_apart(as_gpu):
+    centers, radii = torch.tensor([[[1, 1]]]), torch.tensor([[0]])
+    for size in ((2, 3), (3, 2), (2, 3)):
+        assert heatmap_targets(centers, radii, size, counts=torch.tensor([1])).shape == (1, *size)
+    with pytest.raises(TypeError, match="size"):
+        heatmap_targets(centers, radii, (2, 3.0), counts=torch.tensor([1]))
+
+
+def test_debug_checks_look_at_values_of_known_calls(as_gpu, monkeypatch):
+    maps = torch.zeros(1, 2, 3)
+    far = torch.tensor([5])
+    draw(maps)
+    draw_heatmap(maps, torch.tensor([[1, 1]]), far - 5, far)  # known, and nothing is drawn
+    with debug_checks(True), pytest.raises(ValueError, match="heatmap_idxes"):
+        draw_heatmap(maps, torch.tensor([[1, 1]]), far - 5, far)
+
+
+def test_few_of_many_different_calls_are_kept(as_gpu):
+    of_a_row = sigmoid_focal_loss(torch.full((1, 3), 0.5), torch.tensor([0]), reduction="sum")
+    for count in range(2, 300):
+        logits = torch.full((count, 3), 0.5)
+        loss = sigmoid_focal_loss(logits, torch.zeros(count, dtype=torch.int64), reduction="sum")
+        torch.testing.assert_close(loss, count * of_a_row)
+        assert len(api._call_sigmoid._known) <= registration._MOST_KNOWN
+    learnt = api._call_sigmoid._known
+    sigmoid_focal_loss(torch.zeros(4, 3), torch.tensor([0, 1, 2, 3]))
+    assert api._call_sigmoid._known is learnt  # too many that did not come again
+    assert_right(step(*inputs()))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -105,8 +105,11 @@ class PreparedLaunch:
         self._compiled: dict[tuple, _Compiled] = {}
 
     def __call__(self, tensors: Sequence[Any], *numbers: float) -> None:
-        """Launch with these tensors, of which all but the first may be ``None``, and numbers."""
+        """Launch with these tensors, on their device, and numbers; all tensors but the first may be ``None``."""
         device = tensors[0].get_device()
+        if device >= 0 and device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                return self(tensors, *numbers)
         kind, values = [device], []
         for tensor in tensors:
             if tensor is None:

@@ -85,7 +85,8 @@ def summing_programs(tiles: int, in_a_row: int = 1) -> int:
 
 
 @lru_cache(KEPT_LAUNCHES)
-def _finish(programs: int, device: torch.device) -> PreparedLaunch:
+def prepared_finish(programs: int, device: torch.device) -> PreparedLaunch:
+    """The launch of ``finish`` for so many programs."""
     block = 256 if programs <= 256 else 1024  # two, so that few kernels are compiled where sizes vary
     return _finish_kernel.prepare((1,), programs, BLOCK=block, num_warps=4, **overlapping(device))
 
@@ -100,7 +101,7 @@ def finish(
     eps: float,
 ) -> None:
     """Reduce what the programs of a loss's kernel have summed."""
-    _finish(sums.shape[0], sums.device)((sums, counts, avg_factor, output, divisor), scale, eps)
+    prepared_finish(sums.shape[0], sums.device)((sums, counts, avg_factor, output, divisor), scale, eps)
 
 
 def scale_of(kind: str, avg_factor: Tensor | None, scale: float, count: int) -> float:

@@ -7,12 +7,15 @@ grad, and a call costs less than through ``torch.library.custom_op``.
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import Function, forward_ad, profiler
 from torch.overrides import has_torch_function_unary
+
+from saccade.debug import debug_checks_enabled
 
 library = torch.library.Library("saccade", "FRAGMENT")
 
@@ -23,9 +26,12 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 class Gradient(Function):
     """How an operator is differentiated: ``backward``, and what it needs of the arguments and the result."""
 
+    prepare: Any = None
+    """That of calls that need a gradient, if it is not the operator's: see ``DirectCall``."""
+
     @staticmethod
     def compute(ctx: Any, call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """The operator's result; ``call`` is its implementation, or goes through the dispatcher."""
+        """The operator's result; ``call`` goes through the dispatcher, or is what was prepared."""
         return call(*args)
 
     @staticmethod
@@ -61,6 +67,21 @@ def _recorded(gradient: type[Gradient], call: Callable[..., Any]) -> type[Functi
         return result
 
     return type(gradient.__name__, (gradient,), {"forward": staticmethod(forward)})
+
+
+def _recorded_with_call(gradient: type[Gradient]) -> type[Function]:
+    """The same, whose last argument is what to call."""
+
+    def forward(ctx: Any, *args_and_call: Any) -> Any:
+        args, call = args_and_call[:-1], args_and_call[-1]
+        result = gradient.compute(ctx, call, args)
+        gradient.save(ctx, args, result)
+        return result
+
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return *gradient.backward(ctx, *grads), None
+
+    return type(gradient.__name__, (gradient,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
 
 
 def register_autograd(name: str, gradient: type[Gradient]) -> None:
@@ -139,6 +160,7 @@ _modes_under_way = torch._C._dispatch_tls_local_include_set
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _OF_GPU_TENSORS = _keys("CUDA", "ADInplaceOrView", "AutogradCUDA", "AutocastCUDA")
 _OF_NO_MODE = _keys("BackendSelect", "ADInplaceOrView")
+_RECORDING = DispatchKey.AutogradFunctionality
 
 
 def _nothing_watches() -> bool:
@@ -149,8 +171,39 @@ def _nothing_watches() -> bool:
         or forward_ad._current_level >= 0
         or torch._C._is_torch_function_mode_enabled()
         or _modes_under_way().raw_repr() != _OF_NO_MODE
-        or _is_excluded(DispatchKey.AutogradFunctionality)
+        or _is_excluded(_RECORDING)
     )
+
+
+class _Known(NamedTuple):
+    """Arguments that a call was made with, and where it went."""
+
+    count: int  # of tensors
+    others: tuple[Any, ...]
+    kinds: list[type]
+    fits: Callable[..., bool]  # tensors that differ in their values at most
+    way: Callable[..., Any]
+
+
+_PLAIN = frozenset((bool, float, int, str, type(None)))
+_MOST_KNOWN = 8
+_MANY_MISSES = 64
+
+
+@cache
+def _guards() -> Any:
+    """What torch.compile asks of the inputs of a graph, or ``None`` if this PyTorch has it in another form.
+
+    That is their types, dispatch keys, dtypes, devices, sizes, strides, and whether they require grad: one call for all
+    tensors, which takes 0.3 us for four. Asking them one by one takes several.
+    """
+    try:
+        guards = torch._C._dynamo.guards.TensorGuards  # pyright: ignore[reportAttributeAccessIssue]
+        of_two = guards(torch.empty(2, device="cpu"), dynamic_dims_sizes=[[2]], dynamic_dims_strides=[[1]])
+        tells_apart = of_two.check(torch.ones(2, device="cpu")) and not of_two.check(torch.ones(3, device="cpu"))
+    except (AttributeError, TypeError):
+        return None
+    return guards if tells_apart else None
 
 
 class DirectCall:
@@ -160,36 +213,97 @@ class DirectCall:
     a value of its own and back, twice where a gradient is recorded. A step of ``FocalLoss`` on 7200 x 10 logits took
     1.7 to 2.1 times a step of torch's binary cross entropy through it, and 1.3 to 1.5 times past it (wall time beside
     an H200, before the gradient came with the loss).
+
+    What checks of arguments come to, where a call goes and how its kernels are launched depends on all of the arguments
+    but the values of tensors. Training makes the same calls again and again, so a public function may ask whether a
+    call is known, and then skip the checks::
+
+        way = call.known(tensors, others)
+        if way is None:
+            ...  # checks
+            way = call.learn(tensors, others, args)
+        return way(*args)
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, prepare: Callable[..., Callable[..., Any]] | None = None):
+        """Find the operator.
+
+        Args:
+            name: The operator's.
+            prepare: Given the arguments of a call on a GPU, makes what does the same as the operator for all calls
+                whose arguments differ in the values of tensors alone, and in numbers that are not among the ``others``.
+        """
         self.operator = getattr(torch.ops.saccade, name).default
-        self.implementation = _implementations[name]
         kinds = [str(argument.type) for argument in self.operator._schema.arguments]
         assert "List[Tensor]" not in kinds, f"saccade::{name}: a list of tensors would not be looked into"
-        self.tensors = [position for position, kind in enumerate(kinds) if "Tensor" in kind]
-        self.written = _written.get(name, ())
-        # Past Function.apply, too, which looks for transforms of torch.func: they count among what watches calls.
-        gradient = _gradients.get(name)
-        self.record = None
-        if gradient is not None:
-            above: Any = super(Function, _recorded(gradient, self.implementation))
-            self.record = above.apply
+        self._tensors = [position for position, kind in enumerate(kinds) if "Tensor" in kind]
+        self._written = _written.get(name, ())
+        self._implementation, self._prepare = _implementations[name], prepare
+        self._gradient = _gradients.get(name)
+        if self._gradient is not None:
+            # Past Function.apply, too, which looks for transforms of torch.func: they count among what watches calls.
+            above: Any = super(Function, _recorded_with_call(self._gradient))
+            self._record = above.apply
+        self._known: list[_Known] = []
+        self._misses = 0
+        """Calls that were learnt since the last that was known."""
 
     def __call__(self, *args: Any) -> Any:
         """Call the operator."""
-        if not self._can_be_direct(args):
-            return self.operator(*args)
-        if self.record is not None and torch.is_grad_enabled() and self._wants_gradient(args):
-            return self.record(*args)
-        for position in self.written:
-            torch.autograd.graph.increment_version(args[position])
-        return self.implementation(*args)
+        return self._way(args)(*args)
+
+    def known(self, tensors: tuple[Any, ...], others: tuple[Any, ...] = ()) -> Callable[..., Any] | None:
+        """What to call with such arguments, if a call like that was learnt.
+
+        Args:
+            tensors: Those of the caller's arguments that are not ``None``. What is no tensor is not known.
+            others: All else that checks depend on: numbers, names, and which tensors are ``None``.
+        """
+        if _nothing_watches() and not debug_checks_enabled():
+            count, kinds = len(tensors), [*map(type, others)]
+            for known in self._known:
+                if known.count == count and known.others == others and known.kinds == kinds and known.fits(*tensors):
+                    self._misses = 0
+                    return known.way
+        return None
+
+    def learn(self, tensors: tuple[Any, ...], others: tuple[Any, ...], args: tuple[Any, ...]) -> Callable[..., Any]:
+        """What to call with arguments that have been checked: the next call like it is known.
+
+        Args:
+            tensors: As they were asked for.
+            others: As they were asked for.
+            args: Arguments of the operator.
+        """
+        way = self._way(args)
+        kinds = [*map(type, others)]
+        # Checks convert what is not plain.
+        if way is self.operator or _guards() is None or not _PLAIN.issuperset(kinds):
+            return way
+        self._misses += 1
+        # Where no two calls are alike, nearly none is learnt: that would take longer than the checks.
+        if self._misses < _MANY_MISSES or self._misses % _MANY_MISSES == 0:
+            sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
+            fits = _guards()(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+            kept = self._known[: _MOST_KNOWN - 1] if self._misses < _MANY_MISSES else []
+            self._known = [_Known(len(tensors), others, kinds, fits, way), *kept]
+        return way
+
+    def _way(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        if debug_checks_enabled() or not self._can_be_direct(args):
+            return self.operator
+        prepare, is_recorded = self._prepare, False
+        if self._gradient is not None and torch.is_grad_enabled() and self._wants_gradient(args):
+            prepare, is_recorded = self._gradient.prepare or prepare, True
+        call = self._implementation if prepare is None else prepare(*args)
+        if is_recorded:
+            return lambda *args: self._record(*args, call)
+        return _counting_versions(call, self._written) if self._written else call
 
     def _can_be_direct(self, args: tuple[Any, ...]) -> bool:
         if not _nothing_watches():
             return False
-        for position in self.tensors:
+        for position in self._tensors:
             tensor = args[position]
             # A subclass that overrides calls has a key for it, or a __torch_function__ of its own.
             if tensor is not None and (
@@ -199,8 +313,19 @@ class DirectCall:
         return True
 
     def _wants_gradient(self, args: tuple[Any, ...]) -> bool:
-        for position in self.tensors:  # any(...) takes twice as long
+        for position in self._tensors:  # any(...) takes twice as long
             tensor = args[position]
             if tensor is not None and tensor.requires_grad:
                 return True
         return False
+
+
+def _counting_versions(call: Callable[..., Any], written: tuple[int, ...]) -> Callable[..., Any]:
+    """A call that counts a new version of the arguments at these positions."""
+
+    def counting(*args: Any) -> Any:
+        for position in written:
+            torch.autograd.graph.increment_version(args[position])
+        return call(*args)
+
+    return counting

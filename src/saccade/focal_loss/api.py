@@ -105,25 +105,38 @@ def scaled_sigmoid_focal_loss(
     avg_factor_eps: float = AVG_FACTOR_EPS,
 ) -> Tensor:
     """``sigmoid_focal_loss`` times ``scale``, with another number added to ``avg_factor``: for modules, in one call."""
-    classes = _require_logits(logits)
-    require_tensor("target", target)
-    if target.ndim != logits.ndim and target.dtype in (torch.int32, torch.int64):
-        _require_labels(logits, target)
-        _require_class_weight(class_weight, classes)
-    else:
-        _require_dense(logits, target)
-        if class_weight is not None:
-            raise ValueError("class_weight: expected None with a dense target, got one")
+    with_tensor = isinstance(avg_factor, Tensor)
+    tensors = logits, target
+    if weight is not None or class_weight is not None or with_tensor:
+        others_of_these = weight, class_weight, avg_factor if with_tensor else None
+        tensors = *tensors, *(tensor for tensor in others_of_these if tensor is not None)
+    others = alpha, gamma, activated, reduction, weight is None, class_weight is None, with_tensor, avg_factor is None
+    way = _call_sigmoid.known(tensors, others)
+    if way is None:
+        classes = _require_logits(logits)
+        require_tensor("target", target)
+        if target.ndim != logits.ndim and target.dtype in (torch.int32, torch.int64):
+            _require_labels(logits, target)
+            _require_class_weight(class_weight, classes)
+        else:
+            _require_dense(logits, target)
+            if class_weight is not None:
+                raise ValueError("class_weight: expected None with a dense target, got one")
+        if weight is not None:
+            require_real("weight", weight)
+        require_bool("activated", activated)
+        alpha = require_number("alpha", alpha)
+        if alpha > 1:
+            raise ValueError(f"alpha: expected a number in [0, 1], or a negative one for no balancing, got {alpha}")
+        gamma = require_number("gamma", gamma, minimum=0)
+        require_same_device(logits=logits, target=target, weight=weight, class_weight=class_weight)
     if weight is not None:
         weight = _element_weight(logits, weight)
-    require_bool("activated", activated)
-    alpha = require_number("alpha", alpha)
-    if alpha > 1:
-        raise ValueError(f"alpha: expected a number in [0, 1], or a negative one for no balancing, got {alpha}")
-    gamma = require_number("gamma", gamma, minimum=0)
-    require_same_device(logits=logits, target=target, weight=weight, class_weight=class_weight)
     how = checked_reduction(reduction, avg_factor, scale=scale, eps=avg_factor_eps, logits=logits)
-    return _call_sigmoid(logits, target, weight, class_weight, alpha, gamma, activated, *how)
+    args = logits, target, weight, class_weight, alpha, gamma, activated, *how
+    if way is None:
+        way = _call_sigmoid.learn(tensors, others, args)
+    return way(*args)
 
 
 def softmax_focal_loss(
@@ -221,7 +234,6 @@ def _require_class_weight(class_weight: Tensor | None, classes: int) -> None:
 
 def _element_weight(logits: Tensor, weight: Tensor) -> Tensor:
     """Check a weight and bring it into shape (..., C) or (..., 1)."""
-    require_real("weight", weight)
     rows, classes = logits.shape[:-1], logits.shape[-1]
     if weight.shape == rows:
         return weight[..., None]
@@ -236,11 +248,15 @@ def _element_weight(logits: Tensor, weight: Tensor) -> Tensor:
 
 
 def _sigmoid(logits: Tensor, *args: Any) -> Tensor:
+    return _prepare_sigmoid(logits, *args)(logits, *args)
+
+
+def _prepare_sigmoid(logits: Tensor, *args: Any) -> Callable[..., Any]:
     if served_by_triton(logits) and logits.numel():
         from saccade.focal_loss import kernels
 
-        return kernels.sigmoid_focal_loss(logits, *args)
-    return reference.sigmoid_focal_loss(logits, *args)
+        return kernels.prepare_sigmoid_focal_loss(logits, *args)
+    return reference.sigmoid_focal_loss
 
 
 def _sigmoid_backward(grad_output: Tensor, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -282,29 +298,29 @@ _FEW_LOGITS = 1 << 19
 
 class _SigmoidFocalLoss(Gradient):
     @staticmethod
-    def compute(ctx: Any, call: Callable[..., Any], args: tuple[Any, ...]) -> Tensor:
-        """The loss; of few logits with its gradient, which ``backward`` then only has to multiply.
+    def prepare(*args: Any) -> Callable[..., Any]:
+        """Prepare the loss; of few logits with its gradient, which ``backward`` then only has to multiply.
 
         A step on few logits takes as long as the host takes, and longest where autograd's own thread runs Python: with
         the multiplication alone in it, a step of ``FocalLoss`` on 7200 x 10 logits took 1.1 to 1.3 times a step of
         torch's binary cross entropy, with the operator 1.3 to 1.7 times (wall time beside an H200).
         """
-        logits, kind = args[0], args[7]
-        ctx.gradient = None
-        if (
-            call is not _sigmoid
-            or kind == "none"
-            or logits.dtype.itemsize < 4  # incoming gradients are so large that these do not vanish in half precision
-            or not ctx.needs_input_grad[0]
-            or ctx.needs_input_grad[2]
-            or not 0 < logits.numel() < _FEW_LOGITS
-            or not served_by_triton(logits)
-        ):
-            return call(*args)
-        from saccade.focal_loss import kernels
+        logits, weight, kind = args[0], args[2], args[7]
+        with_gradient = (
+            kind != "none"
+            and logits.dtype.itemsize >= 4  # incoming gradients so large that these do not vanish in half precision
+            and logits.requires_grad
+            and not (weight is not None and weight.requires_grad)
+            and 0 < logits.numel() < _FEW_LOGITS
+        )
+        return _prepare_sigmoid(*args, with_gradient)
 
-        ctx.gradient = torch.empty_like(logits)
-        return kernels.sigmoid_focal_loss(*args, grad_logits=ctx.gradient)
+    @staticmethod
+    def compute(ctx: Any, call: Callable[..., Any], args: tuple[Any, ...]) -> Tensor:
+        """The loss, and with it the gradient if that was prepared."""
+        result = call(*args)
+        loss, ctx.gradient = result if type(result) is tuple else (result, None)
+        return loss
 
     @staticmethod
     def save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
@@ -406,7 +422,7 @@ register(
 register_autograd("softmax_focal_loss", _SoftmaxFocalLoss)
 register_backward("softmax_focal_loss_backward")
 
-_call_sigmoid = DirectCall("sigmoid_focal_loss")
+_call_sigmoid = DirectCall("sigmoid_focal_loss", _prepare_sigmoid)
 _call_sigmoid_backward = DirectCall("sigmoid_focal_loss_backward")
 _call_softmax = DirectCall("softmax_focal_loss")
 _call_softmax_backward = DirectCall("softmax_focal_loss_backward")

@@ -18,7 +18,7 @@ What else was tried on that workload, forward / backward, float32:
 - With bfloat16 logits, a shorter polynomial for the logarithm, good to 8e-6: 78 us in place of 82, and not exact.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -41,7 +41,6 @@ from saccade.kernel_launch import (
     TRITON_DTYPE,
     LaunchedKernel,
     PreparedLaunch,
-    on_device_of,
     overlapping,
     wait_for_kernel_before,
 )
@@ -51,8 +50,8 @@ from saccade.loss_reduction_kernels import (
     MOST_BLOCKS,
     as_numbers,
     factor_of_gradients,
-    finish,
     offset_along_axes,
+    prepared_finish,
     scale_of,
     summing_programs,
 )
@@ -392,7 +391,7 @@ def _launch_for(
     )
 
 
-def sigmoid_focal_loss(
+def prepare_sigmoid_focal_loss(
     logits: Tensor,  # (..., C), not empty
     target: Tensor,  # (...) integer, or (..., C) bool or floating
     weight: Tensor | None,  # (..., C) or (..., 1)
@@ -404,26 +403,41 @@ def sigmoid_focal_loss(
     avg_factor: Tensor | None,
     scale: float,
     eps: float,
-    grad_logits: Tensor | None = None,  # (..., C)
-) -> Tensor:  # (..., C), or reduced
-    """See ``saccade.sigmoid_focal_loss``; ``kind`` to ``eps`` are those of ``saccade.loss_reduction.Reduction``.
+    with_gradient: bool = False,
+) -> Callable[..., Any]:
+    """Make ``saccade.sigmoid_focal_loss`` for calls with these arguments, but for the values of tensors and the scale.
 
-    With a reduced loss, its gradient is written to ``grad_logits``, if given.
+    ``kind`` to ``eps`` are those of ``saccade.loss_reduction.Reduction``. With the gradient, which a reduced loss may
+    come with, the call returns it beside the loss.
     """
-    output = new_loss(logits, logits.shape, kind, avg_factor)
-    with on_device_of(logits):
-        if kind == "none":
+    how = alpha, gamma, activated, kind
+    if kind == "none":
+
+        def losses(logits: Tensor, target: Tensor, weight: Tensor | None, class_weight: Tensor | None, *numbers: Any):
+            output, scale = torch.empty_like(logits), numbers[5]
             _write_losses(output, logits, target, weight, class_weight, alpha, gamma, activated, scale)
             return output
-        launch, programs = _launch_for(
-            _loss_kernel, logits, target, weight, [grad_logits], alpha, gamma, activated, kind
-        )
+
+        return losses
+    gradient = torch.empty_like(logits) if with_gradient else None  # for its strides, which are not always the logits'
+    launch, programs = _launch_for(_loss_kernel, logits, target, weight, [gradient], *how)
+    finish = prepared_finish(programs, logits.device)
+    count = logits.numel()
+
+    def loss(
+        logits: Tensor, target: Tensor, weight: Tensor | None, class_weight: Tensor | None, *numbers: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        avg_factor, scale, eps = numbers[4:]
+        output = new_loss(logits, logits.shape, kind, avg_factor)
         sums = logits.new_empty(programs, dtype=output.dtype)
-        of_all = scale_of(kind, avg_factor, scale, logits.numel())
-        tensors = as_numbers(target), as_numbers(weight), _packed(class_weight), sums, grad_logits
-        launch((logits, *tensors, None if grad_logits is None else avg_factor), alpha, gamma, of_all, eps)
-        finish(sums, None, output, None, avg_factor, of_all, eps)
-    return output
+        gradient = torch.empty_like(logits) if with_gradient else None
+        of_all = scale_of(kind, avg_factor, scale, count)
+        tensors = logits, as_numbers(target), as_numbers(weight), _packed(class_weight), sums, gradient
+        launch((*tensors, avg_factor if with_gradient else None), alpha, gamma, of_all, eps)
+        finish((sums, None, avg_factor, output, None), of_all, eps)
+        return output if gradient is None else (output, gradient)
+
+    return loss
 
 
 def _packed(class_weight: Tensor | None) -> Tensor | None:
@@ -465,16 +479,15 @@ def sigmoid_focal_loss_backward(
     """Gradients of logits and weight; an empty tensor for one that is not needed."""
     grad_logits = torch.empty_like(logits) if needed[0] else logits.new_empty(0)
     grad_weight = logits.new_empty(0) if weight is None else weight.new_empty(weight.shape if needed[1] else 0)
-    with on_device_of(logits):
-        if needed[0]:
-            others = [grad_logits, grad_output if kind == "none" else None]
-            launch, _ = _launch_for(_gradient_kernel, logits, target, weight, others, alpha, gamma, activated, kind)
-            tensors = as_numbers(target), as_numbers(weight), _packed(class_weight), avg_factor, grad_logits
-            of_all = scale_of(kind, avg_factor, scale, logits.numel())
-            launch((grad_output, logits, *tensors), alpha, gamma, of_all, eps)
-        if needed[1]:
-            losses = torch.empty_like(logits, dtype=compute_dtype(logits))
-            _write_losses(losses, logits, target, None, class_weight, alpha, gamma, activated, 1.0)
-            grad = normalized(grad_output.to(losses.dtype), logits.numel(), kind, avg_factor, scale, eps)
-            grad_weight.copy_(losses.mul_(grad).sum_to_size(grad_weight.shape))
+    if needed[0]:
+        others = [grad_logits, grad_output if kind == "none" else None]
+        launch, _ = _launch_for(_gradient_kernel, logits, target, weight, others, alpha, gamma, activated, kind)
+        tensors = as_numbers(target), as_numbers(weight), _packed(class_weight), avg_factor, grad_logits
+        of_all = scale_of(kind, avg_factor, scale, logits.numel())
+        launch((grad_output, logits, *tensors), alpha, gamma, of_all, eps)
+    if needed[1]:
+        losses = torch.empty_like(logits, dtype=compute_dtype(logits))
+        _write_losses(losses, logits, target, None, class_weight, alpha, gamma, activated, 1.0)
+        grad = normalized(grad_output.to(losses.dtype), logits.numel(), kind, avg_factor, scale, eps)
+        grad_weight.copy_(losses.mul_(grad).sum_to_size(grad_weight.shape))
     return grad_logits, grad_weight

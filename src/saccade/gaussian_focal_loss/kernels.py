@@ -21,7 +21,6 @@ from saccade.kernel_launch import (
     TRITON_DTYPE,
     LaunchedKernel,
     PreparedLaunch,
-    on_device_of,
     overlapping,
     wait_for_kernel_before,
 )
@@ -297,18 +296,15 @@ def gaussian_focal_loss(
     """As ``gaussian_focal_loss`` of the reference."""
     output = new_loss(pred, pred.shape, kind, avg_factor)
     divisor = pred.new_empty(() if kind == "num_pos" else 0, dtype=compute_dtype(pred))
-    with on_device_of(pred):
-        if kind == "none":
-            _write_losses(output, pred, target, weight, alpha, gamma, pos_weight, neg_weight, with_logits, clip, scale)
-            return output, divisor
-        launch, programs = _launch_for(
-            _loss_kernel, pred, [target, weight, None], alpha, gamma, with_logits, clip, kind
-        )
-        sums = pred.new_empty(programs, dtype=divisor.dtype)
-        counts = pred.new_empty(programs, dtype=torch.int64) if kind == "num_pos" else None
-        tensors = pred, target, as_numbers(weight), sums, counts
-        launch(tensors, alpha, gamma, pos_weight, neg_weight, _bound(clip), scale)
-        finish(sums, counts, output, divisor, avg_factor, scale_of(kind, avg_factor, scale, pred.numel()), eps)
+    if kind == "none":
+        _write_losses(output, pred, target, weight, alpha, gamma, pos_weight, neg_weight, with_logits, clip, scale)
+        return output, divisor
+    launch, programs = _launch_for(_loss_kernel, pred, [target, weight, None], alpha, gamma, with_logits, clip, kind)
+    sums = pred.new_empty(programs, dtype=divisor.dtype)
+    counts = pred.new_empty(programs, dtype=torch.int64) if kind == "num_pos" else None
+    tensors = pred, target, as_numbers(weight), sums, counts
+    launch(tensors, alpha, gamma, pos_weight, neg_weight, _bound(clip), scale)
+    finish(sums, counts, output, divisor, avg_factor, scale_of(kind, avg_factor, scale, pred.numel()), eps)
     return output, divisor
 
 
@@ -332,16 +328,15 @@ def gaussian_focal_loss_backward(
     """Gradients of pred and weight; an empty tensor for one that is not needed."""
     grad_pred = torch.empty_like(pred) if needed[0] else pred.new_empty(0)
     grad_weight = pred.new_empty(0) if weight is None else weight.new_empty(weight.shape if needed[1] else 0)
-    with on_device_of(pred):
-        if needed[0]:
-            others = [target, weight, grad_pred, grad_output if kind == "none" else None]
-            launch, _ = _launch_for(_gradient_kernel, pred, others, alpha, gamma, with_logits, clip, kind)
-            tensors = grad_output, pred, target, as_numbers(weight), avg_factor, grad_pred
-            of_all = scale_of(kind, avg_factor, scale, pred.numel())
-            launch(tensors, alpha, gamma, pos_weight, neg_weight, _bound(clip), of_all, eps)
-        if needed[1]:
-            losses = torch.empty_like(pred, dtype=compute_dtype(pred))
-            _write_losses(losses, pred, target, None, alpha, gamma, pos_weight, neg_weight, with_logits, clip, 1.0)
-            grad = normalized(grad_output.to(losses.dtype), pred.numel(), kind, avg_factor, scale, eps)
-            grad_weight.copy_(losses.mul_(grad).sum_to_size(grad_weight.shape))
+    if needed[0]:
+        others = [target, weight, grad_pred, grad_output if kind == "none" else None]
+        launch, _ = _launch_for(_gradient_kernel, pred, others, alpha, gamma, with_logits, clip, kind)
+        tensors = grad_output, pred, target, as_numbers(weight), avg_factor, grad_pred
+        of_all = scale_of(kind, avg_factor, scale, pred.numel())
+        launch(tensors, alpha, gamma, pos_weight, neg_weight, _bound(clip), of_all, eps)
+    if needed[1]:
+        losses = torch.empty_like(pred, dtype=compute_dtype(pred))
+        _write_losses(losses, pred, target, None, alpha, gamma, pos_weight, neg_weight, with_logits, clip, 1.0)
+        grad = normalized(grad_output.to(losses.dtype), pred.numel(), kind, avg_factor, scale, eps)
+        grad_weight.copy_(losses.mul_(grad).sum_to_size(grad_weight.shape))
     return grad_pred, grad_weight

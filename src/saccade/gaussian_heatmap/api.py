@@ -1,6 +1,7 @@
 """The public functions: ``draw_heatmap``, ``draw_heatmap_batched``, ``heatmap_targets`` and ``boxes_to_heatmap``."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from saccade.argument_checks import (
     InvalidStateError,
+    require_bool,
     require_constant,
     require_floating,
     require_integer,
@@ -32,6 +34,8 @@ def draw_heatmap(
     heatmap_idxes: Tensor,
     diameter_to_sigma_factor: float = 6.0,
     k_scale: float = 1.0,
+    *,
+    clear: bool = False,
 ) -> None:
     """Draw Gaussians into maps, in place: each cell keeps the maximum of what it held and all that is drawn there.
 
@@ -52,9 +56,10 @@ def draw_heatmap(
         heatmap_idxes: (M,) int32 or int64, the map of each target.
         diameter_to_sigma_factor: Greater than 0.
         k_scale: Height of the peaks.
+        clear: Set all cells to 0 before drawing.
 
     Raises:
-        TypeError: An argument is no tensor, or not of a dtype as said above.
+        TypeError: An argument is no tensor, or not of a dtype or type as said above.
         ValueError: Shapes or devices disagree, maps are not contiguous, or a number is out of range. On the CPU also a
             map that does not exist; on a GPU such a target is skipped, unless ``saccade.debug_checks`` is on.
         InvalidStateError: (a ``RuntimeError`` and ``ValueError``) the maps require grad.
@@ -72,26 +77,16 @@ def draw_heatmap(
                  [1.0000, 0.1353, 0.0000, 0.0000],
                  [0.1353, 0.0183, 0.0000, 0.0000]]])
     """
-    _require_heatmap("heatmaps", heatmaps)
-    require_integer("centers", centers)
-    require_integer("radii", radii)
-    require_integer("heatmap_idxes", heatmap_idxes)
-    if heatmaps.ndim != 3:
-        require_shape("heatmaps", heatmaps, "maps H W")
-    of_centers = centers.shape
-    if len(of_centers) != 2 or of_centers[1] != 2:
-        require_shape("centers", centers, "M 2")
-    targets = of_centers[:1]
-    if radii.shape != targets and radii.shape != of_centers:
-        require_shape("radii", radii, "M" if radii.ndim < 2 else "M 2", M=targets[0])
-    if heatmap_idxes.shape != targets:
-        require_shape("heatmap_idxes", heatmap_idxes, "M", M=targets[0])
-    gpu = heatmaps.get_device()
-    if gpu < 0 or centers.get_device() != gpu or radii.get_device() != gpu or heatmap_idxes.get_device() != gpu:
-        require_same_device(heatmaps=heatmaps, centers=centers, radii=radii, heatmap_idxes=heatmap_idxes)
-    diameter_to_sigma_factor = require_number("diameter_to_sigma_factor", diameter_to_sigma_factor, above=0)
-    k_scale = _require_k_scale(k_scale, heatmaps.dtype)
-    _call_draw(heatmaps, centers, radii, heatmap_idxes, diameter_to_sigma_factor, k_scale)
+    tensors = heatmaps, centers, radii, heatmap_idxes
+    others = diameter_to_sigma_factor, k_scale, clear, getattr(heatmaps, "requires_grad", False)
+    draw = _call_draw.known(tensors, others)
+    if draw is None:
+        _require_concatenated(*tensors)
+        diameter_to_sigma_factor = require_number("diameter_to_sigma_factor", diameter_to_sigma_factor, above=0)
+        k_scale = _require_k_scale(k_scale, heatmaps.dtype)
+        require_bool("clear", clear)
+        draw = _call_draw.learn(tensors, others, (*tensors, diameter_to_sigma_factor, k_scale, clear))
+    draw(*tensors, diameter_to_sigma_factor, k_scale, clear)
 
 
 def draw_heatmap_batched(
@@ -103,6 +98,7 @@ def draw_heatmap_batched(
     labels: Any = None,
     *,
     counts: Tensor | None = None,
+    clear: bool = False,
 ) -> None:
     """Draw the targets of each sample of a batch into its map, or with labels into the map of their class, in place.
 
@@ -121,9 +117,10 @@ def draw_heatmap_batched(
         labels: (B, M) int32 or int64 class of each target, likewise. Sizes of its own are ignored.
         counts: (B,) number of targets of each sample, of an integer dtype, where ``centers`` is a tensor. Counts
             outside [0, M] are taken for the nearer of the two.
+        clear: Set all cells to 0 before drawing.
 
     Raises:
-        TypeError: An argument is neither a tensor nor a ragged batch, or not of a dtype as said above.
+        TypeError: An argument is neither a tensor nor a ragged batch, or not of a dtype or type as said above.
         ValueError: Shapes or devices disagree, the map is not contiguous, a number is out of range, ``counts`` is
             missing or superfluous, or a ragged batch has several batch dimensions or another non-uniform dimension
             than 1. On the CPU also a label outside [0, C); on a GPU such a target is skipped, unless
@@ -140,20 +137,27 @@ def draw_heatmap_batched(
         tensor([[[0.0000, 1.0000, 0.1353, 1.0000, 0.1353]],
                 [[1.0000, 0.1353, 0.0000, 0.0000, 0.0000]]])
     """
-    _require_heatmap("heatmap", heatmap)
     centers, sizes = _with_sizes("centers", centers, counts)
     radii = _padded("radii", radii)
-    if labels is not None:
+    if labels is None:
+        tensors = heatmap, centers, radii, sizes
+    else:
         labels = _padded("labels", labels)
-    shape = heatmap.shape
-    if len(shape) != (3 if labels is None else 4):
-        _raise_for_axes(heatmap, labels)
-    _require_targets(centers, radii, sizes, labels, shape[0])
-    if heatmap.get_device() < 0 or centers.get_device() != heatmap.get_device():
+        tensors = heatmap, centers, radii, sizes, labels
+    others = labels is None, diameter_to_sigma_factor, k_scale, clear, getattr(heatmap, "requires_grad", False)
+    draw = _call_draw_batched.known(tensors, others)
+    if draw is None:
+        _require_heatmap("heatmap", heatmap)
+        if heatmap.ndim != (3 if labels is None else 4):
+            _raise_for_axes(heatmap, labels)
+        _require_targets(centers, radii, sizes, labels, heatmap.shape[0])
         require_same_device(heatmap=heatmap, centers=centers)
-    diameter_to_sigma_factor = require_number("diameter_to_sigma_factor", diameter_to_sigma_factor, above=0)
-    k_scale = _require_k_scale(k_scale, heatmap.dtype)
-    _call_draw_batched(heatmap, centers, radii, sizes, labels, diameter_to_sigma_factor, k_scale)
+        diameter_to_sigma_factor = require_number("diameter_to_sigma_factor", diameter_to_sigma_factor, above=0)
+        k_scale = _require_k_scale(k_scale, heatmap.dtype)
+        require_bool("clear", clear)
+        args = heatmap, centers, radii, sizes, labels, diameter_to_sigma_factor, k_scale, clear
+        draw = _call_draw_batched.learn(tensors, others, args)
+    draw(heatmap, centers, radii, sizes, labels, diameter_to_sigma_factor, k_scale, clear)
 
 
 def heatmap_targets(
@@ -204,11 +208,19 @@ def heatmap_targets(
     radii = _padded("radii", radii)
     if labels is not None:
         labels = _padded("labels", labels)
-    _require_targets(centers, radii, sizes, labels, None)
-    shape = _map_shape(centers.shape[0], size, labels, num_classes)
-    diameter_to_sigma_factor = require_number("diameter_to_sigma_factor", diameter_to_sigma_factor, above=0)
-    k_scale = _require_k_scale(k_scale, torch.float32)
-    return _call_targets(centers, radii, sizes, labels, shape, diameter_to_sigma_factor, k_scale)
+    tensors = (centers, radii, sizes) if labels is None else (centers, radii, sizes, labels)
+    others = (*size, num_classes, diameter_to_sigma_factor, k_scale) if isinstance(size, (tuple, list)) else ()
+    draw = _call_targets.known(tensors, others)
+    if draw is None:
+        _require_targets(centers, radii, sizes, labels, None)
+        shape = _map_shape(centers.shape[0], size, labels, num_classes)
+        diameter_to_sigma_factor = require_number("diameter_to_sigma_factor", diameter_to_sigma_factor, above=0)
+        k_scale = _require_k_scale(k_scale, torch.float32)
+        args = centers, radii, sizes, labels, shape, diameter_to_sigma_factor, k_scale
+        draw = _call_targets.learn(tensors, others, args)
+    else:
+        shape = []  # it is known, too
+    return draw(centers, radii, sizes, labels, shape, diameter_to_sigma_factor, k_scale)
 
 
 def boxes_to_heatmap(
@@ -313,6 +325,18 @@ def _require_heatmap(name: str, heatmap: Any) -> None:
         raise InvalidStateError(f"{name}: expected a tensor that does not require grad, as it is written in place")
     if not heatmap.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {heatmap.stride()}")
+
+
+def _require_concatenated(heatmaps: Tensor, centers: Tensor, radii: Tensor, heatmap_idxes: Tensor) -> None:
+    _require_heatmap("heatmaps", heatmaps)
+    require_integer("centers", centers)
+    require_integer("radii", radii)
+    require_integer("heatmap_idxes", heatmap_idxes)
+    require_shape("heatmaps", heatmaps, "maps H W")
+    targets, _ = require_shape("centers", centers, "M 2")
+    require_shape("radii", radii, "M" if radii.ndim < 2 else "M 2", M=targets)
+    require_shape("heatmap_idxes", heatmap_idxes, "M", M=targets)
+    require_same_device(heatmaps=heatmaps, centers=centers, radii=radii, heatmap_idxes=heatmap_idxes)
 
 
 def _require_k_scale(k_scale: Any, dtype: torch.dtype) -> float:
@@ -459,17 +483,22 @@ def _draw(
     heatmap_idxes: Tensor,
     diameter_to_sigma_factor: float,
     k_scale: float,
+    clear: bool,
 ) -> None:
-    if heatmaps.numel() == 0 or radii.numel() == 0:
-        return
-    if _faults_raise(heatmaps):
+    if heatmaps.numel() and _faults_raise(heatmaps):
         _check_maps("heatmap_idxes", heatmap_idxes, _drawn(radii, 1), heatmaps.shape[0])
-    if served_by_triton(heatmaps):
-        from saccade.gaussian_heatmap import kernels
+    args = heatmaps, centers, radii, heatmap_idxes, diameter_to_sigma_factor, k_scale, clear
+    _prepare_draw(*args)(*args)
 
-        kernels.draw_heatmap(heatmaps, centers, radii, heatmap_idxes, diameter_to_sigma_factor, k_scale)
-    else:
-        reference.draw_heatmap(heatmaps, centers, radii, heatmap_idxes, diameter_to_sigma_factor, k_scale)
+
+def _prepare_draw(heatmaps: Tensor, centers: Tensor, radii: Tensor, *others: Any) -> Callable[..., None]:
+    if heatmaps.numel() == 0 or radii.numel() == 0:
+        return _draw_nothing
+    if not served_by_triton(heatmaps):
+        return reference.draw_heatmap
+    from saccade.gaussian_heatmap import kernels
+
+    return kernels.prepare_heatmap(heatmaps, centers, radii, *others)
 
 
 def _draw_batched(
@@ -480,32 +509,32 @@ def _draw_batched(
     labels: Tensor | None,
     diameter_to_sigma_factor: float,
     k_scale: float,
-    cleared: bool = False,  # the map is all zero
+    clear: bool,
 ) -> None:
-    if heatmap.numel() == 0 or radii.numel() == 0:
-        return
-    if labels is not None and _faults_raise(heatmap):
+    if labels is not None and heatmap.numel() and _faults_raise(heatmap):
         _check_labels(labels, counts, radii, heatmap.shape[1])
-    numbers = diameter_to_sigma_factor, k_scale
-    if served_by_triton(heatmap):
-        from saccade.gaussian_heatmap import kernels
+    args = heatmap, centers, radii, counts, labels, diameter_to_sigma_factor, k_scale, clear
+    _prepare_draw_batched(*args)(*args)
 
-        kernels.draw_heatmap_batched(heatmap, centers, radii, counts, labels, *numbers, cleared)
-    else:
-        reference.draw_heatmap_batched(heatmap, centers, radii, counts, labels, *numbers)
+
+def _prepare_draw_batched(heatmap: Tensor, centers: Tensor, radii: Tensor, *others: Any) -> Callable[..., None]:
+    if heatmap.numel() == 0 or radii.numel() == 0:
+        return _draw_nothing
+    if not served_by_triton(heatmap):
+        return reference.draw_heatmap_batched
+    from saccade.gaussian_heatmap import kernels
+
+    return kernels.prepare_heatmap_batched(heatmap, centers, radii, *others)
+
+
+def _draw_nothing(heatmap: Tensor, *others: Any) -> None:
+    clear = others[-1]
+    if clear:
+        heatmap.zero_()
 
 
 def _draw_fake(heatmaps: Tensor, *_: Any) -> None:
     return None
-
-
-def _zeros(shape: list[int], targets: Tensor) -> Tensor:
-    """Fresh float32 maps on the device of targets."""
-    if served_by_triton(targets) and math.prod(shape):
-        from saccade.gaussian_heatmap import kernels
-
-        return kernels.zeros(shape, targets.device)
-    return torch.zeros(shape, dtype=torch.float32, device=targets.device)
 
 
 def _targets(
@@ -517,9 +546,28 @@ def _targets(
     diameter_to_sigma_factor: float,
     k_scale: float,
 ) -> Tensor:
-    heatmap = _zeros(shape, centers)
+    heatmap = torch.empty(shape, dtype=torch.float32, device=centers.device)
     _draw_batched(heatmap, centers, radii, counts, labels, diameter_to_sigma_factor, k_scale, True)
     return heatmap
+
+
+def _prepare_targets(
+    centers: Tensor,
+    radii: Tensor,
+    counts: Tensor,
+    labels: Tensor | None,
+    shape: list[int],
+    *numbers: float,
+) -> Callable[..., Tensor]:
+    of_maps = {"size": tuple(shape), "dtype": torch.float32, "device": centers.device}
+    draw = _prepare_draw_batched(torch.empty(**of_maps), centers, radii, counts, labels, *numbers, True)
+
+    def targets(centers: Tensor, radii: Tensor, counts: Tensor, labels: Tensor | None, *_: Any) -> Tensor:
+        heatmap = torch.empty(**of_maps)
+        draw(heatmap, centers, radii, counts, labels, *numbers, True)
+        return heatmap
+
+    return targets
 
 
 def _targets_fake(
@@ -542,9 +590,9 @@ def _boxes(
     diameter_to_sigma_factor: float,
     k_scale: float,
 ) -> Tensor:
-    heatmap = _zeros(shape, boxes)
+    heatmap = torch.empty(shape, dtype=torch.float32, device=boxes.device)
     if heatmap.numel() == 0 or boxes.numel() == 0:
-        return heatmap
+        return heatmap.zero_()
     of_boxes = corners, origin, stride, min_overlap, convention, min_radius
     numbers = diameter_to_sigma_factor, k_scale
     if not served_by_triton(boxes) or _faults_raise(boxes):
@@ -552,10 +600,11 @@ def _boxes(
         if labels is not None and _faults_raise(boxes):
             _check_labels(labels, counts, radii, shape[1])
         if not served_by_triton(boxes):
-            reference.draw_heatmap_batched(heatmap, centers, radii, counts, labels, *numbers)
+            reference.draw_heatmap_batched(heatmap, centers, radii, counts, labels, *numbers, True)
             return heatmap
     from saccade.gaussian_heatmap import kernels
 
+    kernels.clear(heatmap)
     kernels.draw_boxes(heatmap, boxes, counts, labels, *of_boxes, *numbers)
     return heatmap
 
@@ -566,13 +615,13 @@ def _boxes_fake(boxes: Tensor, counts: Tensor, labels: Tensor | None, shape: lis
 
 register(
     "draw_heatmap(Tensor(a!) heatmaps, Tensor centers, Tensor radii, Tensor heatmap_idxes, "
-    "float diameter_to_sigma_factor, float k_scale) -> ()",
+    "float diameter_to_sigma_factor, float k_scale, bool clear) -> ()",
     _draw,
     _draw_fake,
 )
 register(
     "draw_heatmap_batched(Tensor(a!) heatmap, Tensor centers, Tensor radii, Tensor counts, Tensor? labels, "
-    "float diameter_to_sigma_factor, float k_scale) -> ()",
+    "float diameter_to_sigma_factor, float k_scale, bool clear) -> ()",
     _draw_batched,
     _draw_fake,
 )
@@ -591,7 +640,7 @@ register(
 )
 register_in_place("draw_heatmap", 0)
 register_in_place("draw_heatmap_batched", 0)
-_call_draw = DirectCall("draw_heatmap")
-_call_draw_batched = DirectCall("draw_heatmap_batched")
-_call_targets = DirectCall("heatmap_targets")
+_call_draw = DirectCall("draw_heatmap", _prepare_draw)
+_call_draw_batched = DirectCall("draw_heatmap_batched", _prepare_draw_batched)
+_call_targets = DirectCall("heatmap_targets", _prepare_targets)
 _call_boxes = DirectCall("boxes_to_heatmap")

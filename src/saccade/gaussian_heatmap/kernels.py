@@ -18,7 +18,7 @@ What else was tried there:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -31,7 +31,6 @@ from saccade.kernel_launch import (
     TRITON_DTYPE,
     LaunchedKernel,
     PreparedLaunch,
-    on_device_of,
     overlapping,
     wait_for_kernel_before,
 )
@@ -346,26 +345,33 @@ def _with_axis(strides: tuple[int, ...], axes: int) -> tuple[int, ...]:
     return strides if len(strides) == axes else (*strides, 0)
 
 
-def draw_heatmap(
+def prepare_heatmap(
     heatmaps: Tensor,  # (maps, H, W), contiguous
     centers: Tensor,  # (M, 2)
     radii: Tensor,  # (M,) or (M, 2)
     heatmap_idxes: Tensor,  # (M,), targets whose index is no map are skipped
     diameter_to_sigma_factor: float,
     k_scale: float,
-) -> None:
-    """See ``saccade.draw_heatmap``."""
+    clear: bool,
+) -> Callable[..., None]:
+    """Make ``saccade.draw_heatmap`` for calls with these arguments, but for the values of the tensors."""
     strides = centers.stride(), radii.stride(), heatmap_idxes.stride()
     launches = _prepare_concatenated(
-        heatmaps.shape, radii.shape, strides, heatmaps.dtype, heatmaps.device, True, k_scale > 0
+        heatmaps.shape, radii.shape, strides, heatmaps.dtype, heatmaps.device, not clear, k_scale > 0
     )
     falloff = _falloff_of(diameter_to_sigma_factor, heatmaps.dtype)
-    with on_device_of(heatmaps):
+    clearing = _prepare_clearing(heatmaps.numel(), heatmaps.device) if clear else None
+
+    def draw(heatmaps: Tensor, centers: Tensor, radii: Tensor, heatmap_idxes: Tensor, *_: Any) -> None:
+        if clearing is not None:
+            clearing((heatmaps,))
         for launch in launches:
             launch((heatmaps, centers, radii, heatmap_idxes, None), falloff, k_scale)
 
+    return draw
 
-def draw_heatmap_batched(
+
+def prepare_heatmap_batched(
     heatmap: Tensor,  # (B, H, W), or (B, C, H, W) with labels; contiguous
     centers: Tensor,  # (B, M, 2)
     radii: Tensor,  # (B, M) or (B, M, 2)
@@ -373,18 +379,25 @@ def draw_heatmap_batched(
     labels: Tensor | None,  # (B, M), targets whose label is no class are skipped
     diameter_to_sigma_factor: float,
     k_scale: float,
-    cleared: bool = False,
-) -> None:
-    """See ``saccade.draw_heatmap_batched``; ``cleared``: the map is all zero."""
+    clear: bool,
+) -> Callable[..., None]:
+    """Make ``saccade.draw_heatmap_batched`` for calls with these arguments, but for the values of the tensors."""
     strides = centers.stride(), radii.stride(), counts.stride()
     if labels is not None:
         strides = *strides, labels.stride()
-    reads = not cleared
-    launches = _prepare_batched(heatmap.shape, radii.shape, strides, heatmap.dtype, heatmap.device, reads, k_scale > 0)
+    launches = _prepare_batched(
+        heatmap.shape, radii.shape, strides, heatmap.dtype, heatmap.device, not clear, k_scale > 0
+    )
     falloff = _falloff_of(diameter_to_sigma_factor, heatmap.dtype)
-    with on_device_of(heatmap):
+    clearing = _prepare_clearing(heatmap.numel(), heatmap.device) if clear else None
+
+    def draw(heatmap: Tensor, centers: Tensor, radii: Tensor, counts: Tensor, labels: Tensor | None, *_: Any) -> None:
+        if clearing is not None:
+            clearing((heatmap,))
         for launch in launches:
             launch((heatmap, centers, radii, labels, counts), falloff, k_scale)
+
+    return draw
 
 
 def draw_boxes(
@@ -409,10 +422,9 @@ def draw_boxes(
         heatmap.shape, boxes.shape, strides, corners, convention == "mmdet", min_radius, heatmap.dtype, heatmap.device,
         False, k_scale > 0,
     )  # fmt: skip
-    with on_device_of(heatmap):
-        numbers = _falloff_of(diameter_to_sigma_factor, heatmap.dtype), k_scale, *origin, *stride, min_overlap
-        for launch in launches:
-            launch((heatmap, boxes, labels, counts), *numbers)
+    numbers = _falloff_of(diameter_to_sigma_factor, heatmap.dtype), k_scale, *origin, *stride, min_overlap
+    for launch in launches:
+        launch((heatmap, boxes, labels, counts), *numbers)
 
 
 @lru_cache(_KEPT_LAUNCHES)
@@ -421,12 +433,9 @@ def _prepare_clearing(cells: int, device: torch.device) -> PreparedLaunch:
     return _clear_kernel.prepare(grid, cells, BLOCK=_CLEARED, num_warps=_WARPS_TO_CLEAR, **overlapping(device))
 
 
-def zeros(shape: Sequence[int], device: torch.device) -> Tensor:
-    """Fresh float32 maps, not empty."""
-    heatmap = torch.empty(shape, dtype=torch.float32, device=device)
-    with on_device_of(heatmap):
-        _prepare_clearing(heatmap.numel(), heatmap.device)((heatmap,))
-    return heatmap
+def clear(heatmap: Tensor) -> None:
+    """Write zeros to maps, contiguous and not empty."""
+    _prepare_clearing(heatmap.numel(), heatmap.device)((heatmap,))
 
 
 def _falloff_of(diameter_to_sigma_factor: float, dtype: torch.dtype) -> float:

@@ -18,8 +18,11 @@ def draw_heatmap(
     heatmap_idxes: Tensor,  # (M,), targets whose index is no map are skipped
     diameter_to_sigma_factor: float,
     k_scale: float,
+    clear: bool,
 ) -> None:
     """See ``saccade.draw_heatmap``."""
+    if clear:
+        heatmaps.zero_()
     maps, height, width = heatmaps.shape
     dtype = heatmaps.dtype
     heatmap_idxes = heatmap_idxes.long()
@@ -74,6 +77,7 @@ def draw_heatmap_batched(
     labels: Tensor | None,  # (B, M), targets whose label is no class are skipped
     diameter_to_sigma_factor: float,
     k_scale: float,
+    clear: bool,
 ) -> None:
     """See ``saccade.draw_heatmap_batched``."""
     batch, slots = radii.shape[:2]
@@ -90,6 +94,7 @@ def draw_heatmap_batched(
         torch.where(drawn, heatmap_idxes, -1).flatten(),
         diameter_to_sigma_factor,
         k_scale,
+        clear,
     )
 
 

@@ -113,7 +113,8 @@ class FocalLoss(nn.Module):
         require_floating("pred", pred)
         require_tensor("target", target)
         if target.ndim != pred.ndim:
-            require_shape("pred", pred, "N C")
+            if pred.ndim != 2:
+                require_shape("pred", pred, "N C")
         elif not target.is_floating_point():
             if pred.ndim < 2:
                 raise ValueError(f"pred: expected shape (N, C) with integer targets, got {tuple(pred.shape)}")

@@ -60,12 +60,21 @@ def batched_indexing_access(
         tensor([[12, 12, 12],
                 [20, -5, -5]])
     """
+    of_filler = (repr(filler_value),)  # 0.0 and -0.0 are equal
+    if dim_to_index_in is None and type(input_indices) is RaggedBatch and input_indices.num_batch_dims == 1:
+        data = input_data.tensor if type(input_data) is RaggedBatch else input_data
+        tensors = data, input_indices.tensor, input_indices.sample_sizes
+        gather = operators.gather.known(tensors, of_filler)
+        if gather is not None:
+            return input_indices.create_with_sample_sizes_like_self(gather(*tensors, filler_value))
     _require_indices("input_indices", input_indices)
     dim = _dim_to_index_in(dim_to_index_in, input_indices)
     data = _padded("input_data", input_data, input_indices, dim)
     if operators.serve(data, input_indices.tensor):
         index, sizes = _for_operator("input_indices", input_indices, data.shape[1])
-        entries = operators.gather(data, index, sizes, filler_value)
+        tensors = data, index, sizes
+        args = *tensors, filler_value
+        entries = operators.gather.learn(tensors, of_filler, args)(*args)
     else:
         used, index = _used("input_indices", input_indices, data.shape[1])
         entries = gather_entries(data, index)

@@ -11,6 +11,7 @@ Traffic, for S samples of M indices into W entries: the entries that are pointed
 indices, which stay in the cache, once for each tile.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from math import inf, prod
 from typing import Any
@@ -24,7 +25,6 @@ from saccade.kernel_launch import (
     TRITON_DTYPE,
     LaunchedKernel,
     PreparedLaunch,
-    on_device_of,
     overlapping,
     wait_for_kernel_before,
 )
@@ -387,24 +387,39 @@ def gather(
     With ``other``, a slot is used only if that index is in range, too. With ``last``, of the slots that point to one
     entry only the last is used.
     """
-    words, sizes, dtype = _as_words(data), _as_signed(sizes), data.dtype
+    return prepare_gather(data, index, sizes, filler, other, other_width, last)(data, index, sizes, filler, other)
+
+
+def prepare_gather(
+    data: Tensor,
+    index: Tensor,
+    sizes: Tensor,
+    filler: Any,
+    other: Tensor | None = None,
+    other_width: int = 0,
+    last: bool = False,
+) -> Callable[..., Tensor]:
+    """Make ``gather`` for calls with these arguments, but for the values of the tensors."""
     launch, shape = _prepare_gather(
         data.shape,
-        words.stride(),
+        _as_words(data).stride(),
         index.shape,
         index.stride(),
         (0, 0) if other is None else other.stride(),
         other_width,
-        sizes.stride(),
-        _words_of(filler, str(filler), dtype),
+        _as_signed(sizes).stride(),
+        _words_of(filler, str(filler), data.dtype),
         last,
-        dtype,
+        data.dtype,
         data.device,
     )
-    output = data.new_empty(shape)
-    with on_device_of(data):
-        launch((words, index, sizes, other, _as_words(output)))
-    return output
+
+    def prepared(data: Tensor, index: Tensor, sizes: Tensor, _: Any, other: Tensor | None = None) -> Tensor:
+        output = data.new_empty(shape)
+        launch((_as_words(data), index, _as_signed(sizes), other, _as_words(output)))
+        return output
+
+    return prepared
 
 
 def takes_fast(index: Tensor) -> bool:
@@ -452,21 +467,32 @@ def _sum_tile(inner: int) -> tuple[int, int]:
     return 512 // block_d, block_d
 
 
-def sum_entries(
+def prepare_sum(
     entries: Tensor,  # (S, M, *D) float32, float64, complex64 or complex128
     index: Tensor,  # (S, M) int32 or int64
     sizes: Tensor,  # (S,) integer
     width: int,
-) -> Tensor:  # (S, W, *D), not empty
-    """Of each entry the sum of all that is meant for it, in the order of the slots."""
-    numbers, sizes = _as_numbers(entries), _as_signed(sizes)
+) -> Callable[..., Tensor]:  # (S, W, *D), not empty
+    """Make a sum for calls with these arguments, but for the values of the tensors.
+
+    Of each entry the sum of all that is meant for it, in the order of the slots.
+    """
     launch, shape = _prepare_sum(
-        entries.shape, numbers.stride(), index.stride(), sizes.stride(), width, entries.dtype, entries.device
+        entries.shape,
+        _as_numbers(entries).stride(),
+        index.stride(),
+        _as_signed(sizes).stride(),
+        width,
+        entries.dtype,
+        entries.device,
     )
-    output = entries.new_empty(shape)
-    with on_device_of(entries):
-        launch((numbers, index, sizes, _as_numbers(output)))
-    return output
+
+    def prepared(entries: Tensor, index: Tensor, sizes: Tensor, _: int) -> Tensor:
+        output = entries.new_empty(shape)
+        launch((_as_numbers(entries), index, _as_signed(sizes), _as_numbers(output)))
+        return output
+
+    return prepared
 
 
 def sums_fast(entries: Tensor, width: int) -> bool:
@@ -603,8 +629,7 @@ def _put(
         entries.device,
     )
     output = entries.new_empty(shape)
-    with on_device_of(entries):
-        launch((words, data, index, sizes, other, _as_words(output)))
+    launch((words, data, index, sizes, other, _as_words(output)))
     return output
 
 
@@ -646,8 +671,7 @@ def mark(
     sizes, shape = _as_signed(sizes), index.shape
     launch = _prepare_mark(shape, index.stride(), sizes.stride(), width, index.device)
     output = index.new_empty((shape[0], width), dtype=torch.bool)
-    with on_device_of(index):
-        launch((index, sizes, output))
+    launch((index, sizes, output))
     return output
 
 
@@ -706,8 +730,7 @@ def pad(
         values.device,
     )
     output = values.new_empty(shape)
-    with on_device_of(values):
-        launch((words, begins, sizes, _as_words(output)))
+    launch((words, begins, sizes, _as_words(output)))
     return output
 
 

@@ -69,8 +69,16 @@ def _used(index: Tensor, sizes: Tensor, width: int, other: Tensor | None, other_
 
 
 def _gather(data: Tensor, index: Tensor, sizes: Tensor, filler: Any) -> Tensor:
+    return _prepare_gather(data, index, sizes, filler)(data, index, sizes, filler)
+
+
+def _prepare_gather(data: Tensor, index: Tensor, sizes: Tensor, filler: Any) -> Callable[..., Tensor]:
     if served_by_triton(data) and index.numel() and data.numel():
-        return _kernels().gather(data, index, sizes, filler)
+        return _kernels().prepare_gather(data, index, sizes, filler)
+    return _gather_in_torch
+
+
+def _gather_in_torch(data: Tensor, index: Tensor, sizes: Tensor, filler: Any) -> Tensor:
     used, index = _used(index, sizes, data.shape[1], None, 0)
     entries = gather_entries(data, index)
     return fill(entries, ~beside_entries(used, 1, entries.dim()), filler).contiguous()
@@ -89,14 +97,25 @@ class _GatherGradient(Gradient):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return add_up(grad_output, *ctx.saved_tensors, ctx.width), None, None, None
+        index, sizes = ctx.saved_tensors
+        args = grad_output, index, sizes, ctx.width
+        sum_up = add_up.known(args[:3], args[3:]) or add_up.learn(args[:3], args[3:], args)
+        return sum_up(*args), None, None, None
 
 
 def _add_up(entries: Tensor, index: Tensor, sizes: Tensor, width: int) -> Tensor:
+    return _prepare_add_up(entries, index, sizes, width)(entries, index, sizes, width)
+
+
+def _prepare_add_up(entries: Tensor, index: Tensor, sizes: Tensor, width: int) -> Callable[..., Tensor]:
     if served_by_triton(entries) and entries.numel() and width:
         kernels = _kernels()
         if kernels.sums_fast(entries, width):
-            return kernels.sum_entries(entries, index, sizes, width)
+            return kernels.prepare_sum(entries, index, sizes, width)
+    return _add_up_in_torch
+
+
+def _add_up_in_torch(entries: Tensor, index: Tensor, sizes: Tensor, width: int) -> Tensor:
     return sum_of_entries(entries, *_used(index, sizes, width, None, 0), width)
 
 
@@ -329,9 +348,9 @@ for _schema, _implementation, _fake, _gradient in _WITH_GRADIENTS:
     register_autograd(register(f"{_schema} -> Tensor", _implementation, _fake), _gradient)
 register("ragged_mark(Tensor index, Tensor sizes, int width) -> Tensor", _mark, _mark_fake)
 
-gather = DirectCall("ragged_gather")
+gather = DirectCall("ragged_gather", _prepare_gather)
 """Entries (S, M, *D) of (S, W, *D) data by (S, M) indices, with a number in slots without one."""
-add_up = DirectCall("ragged_sum")
+add_up = DirectCall("ragged_sum", _prepare_add_up)
 """The gradient of ``gather``: for each of the W entries the sum of all (S, M, *D) with its index."""
 put = DirectCall("ragged_put")
 """A copy of (S, W, *D) data with (S, M, *D) entries at their indices, where a second index is in range, too."""
