@@ -5,9 +5,9 @@ in whatever order they come; a cell that is not exceeded is read, and not writte
 this file and then drawn on without reading.
 
 What bounds it (H200, redrawing and drawing fresh maps): on small maps, the launch and the way from numbers of targets
-to their cells, two trips to memory: 48 x 20 x 50 cells with up to 50 targets each, 2.5 to 2.8 and 3.4 to 3.8 us, where
-clearing alone takes 1.3; tiles of 8 x 8 to 16 x 16 and 1 or 2 warps make no difference there. On large maps the clearing: 32 x 80 x 128 x 128 cells with up to
-128 targets each, 10.6 and 53.7 us, where clearing alone takes 37.4.
+to their cells, two trips to memory: 48 x 20 x 50 cells with up to 50 targets each, 2.5 to 2.8 and 3.3 to 3.8 us, where
+clearing alone takes 1.3; tiles of 8 x 8 to 16 x 16 cells and 1 or 2 warps make no difference there. On large maps the
+clearing: 32 x 80 x 128 x 128 cells with up to 128 targets each, 10.6 and 53.7 us, where clearing alone takes 37.4.
 
 What else was tried there:
 - A warp for each of four targets of a program, offsets with 64 bits, divisions in float64: 4.6 and 6.0 us on the small
