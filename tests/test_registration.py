@@ -16,12 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from saccade import debug_checks, registration
 from saccade.focal_loss import api, sigmoid_focal_loss
+from saccade.gaussian_focal_loss import api as gaussian_api
+from saccade.gaussian_focal_loss import gaussian_focal_loss_with_logits
 from saccade.gaussian_heatmap import api as heatmap_api
 from saccade.gaussian_heatmap import draw_heatmap, draw_heatmap_batched, heatmap_targets
 
 OF_CPU_TENSORS = registration._keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
 OF_CALLS = (
-    *(api._call_sigmoid, api._call_sigmoid_backward),
+    *(api._call_sigmoid, api._call_sigmoid_backward, gaussian_api._call, gaussian_api._call_backward),
     *(heatmap_api._call_draw, heatmap_api._call_draw_batched, heatmap_api._call_targets),
 )
 
@@ -318,6 +320,48 @@ def test_other_values_are_no_other_call(as_gpu):
     api._call_sigmoid._known = [known._replace(way=wrong_way)]
     with pytest.raises(AssertionError, match="known call"):
         sigmoid_focal_loss(LOGITS - 1, LABELS - 1, avg_factor=8.5)
+
+
+OTHERS_ON_MAPS = {
+    "no weight": {},
+    "weight": {"weight": torch.rand(4, 3)},
+    "divisor": {"avg_factor": 3.0},
+    "divisor as a tensor": {"avg_factor": torch.tensor(3.0)},
+    "positives": {"avg_factor": "num_pos"},
+    "bounds": {"clip": 0.4},
+    "power": {"gamma": 2.0},
+    "weight of positives": {"pos_weight": 2.0},
+    "sum": {"reduction": "sum"},
+    "weight of another shape": {"weight": torch.ones(4, 2)},
+    "bounds that are none": {"clip": 0.5},
+    "divisor that is none": {"avg_factor": "positives"},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS_ON_MAPS)
+def test_other_gaussian_losses_are_told_apart_from_known_ones(other, as_gpu):
+    target = torch.tensor([1.0, 0.5, 0.0]).expand(4, 3)
+
+    def outcome(options) -> list[Tensor] | str:
+        leaf = LOGITS.clone().requires_grad_()
+        try:
+            loss = gaussian_focal_loss_with_logits(leaf, target, **options)
+        except (TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), leaf)]
+
+    call = gaussian_api._call
+    call._known = []
+    expected = outcome(OTHERS_ON_MAPS[other])
+    call._known = []
+    others = [options for name, options in OTHERS_ON_MAPS.items() if name != other]
+    for _ in range(2):
+        for options in others[:6]:
+            outcome(options)
+    assert len(call._known) == 6
+    for _ in range(2):
+        actual = outcome(OTHERS_ON_MAPS[other])
+        assert actual == expected if isinstance(expected, str) else all(map(torch.equal, actual, expected))
 
 
 def test_maps_are_told_apart_from_known_ones(as_gpu):

@@ -160,29 +160,40 @@ def scaled_gaussian_focal_loss(
     avg_factor_eps: float = AVG_FACTOR_EPS,
 ) -> Tensor:
     """Either form, by ``name``, times ``scale`` and with another number added to ``avg_factor``: for modules, too."""
-    require_floating(name, pred)
-    require_floating("target", target)
-    if target.shape != pred.shape:
-        raise ValueError(f"target: expected the shape of {name}, {tuple(pred.shape)}, got {tuple(target.shape)}")
-    require_constant("target", target)
-    if weight is not None:
-        require_real("weight", weight)
-        _require_broadcast(name, pred, weight)
-    alpha = require_number("alpha", alpha, minimum=0)
-    gamma = require_number("gamma", gamma, minimum=0)
-    pos_weight = require_number("pos_weight", pos_weight)
-    neg_weight = require_number("neg_weight", neg_weight)
-    if clip is not None:
-        clip = require_number("clip", clip, above=0)
-        if clip >= 0.5:
-            raise ValueError(f"clip: expected a number between 0 and 0.5, got {clip}")
-    require_same_device(**{name: pred}, target=target, weight=weight)
+    with_tensor = isinstance(avg_factor, Tensor)
+    given = pred, target, weight, avg_factor if with_tensor else None
+    tensors = tuple(tensor for tensor in given if tensor is not None)
     counts_positives = isinstance(avg_factor, str) and avg_factor == "num_pos"
+    numbers = alpha, gamma, pos_weight, neg_weight, clip
+    others = name, *numbers, reduction, weight is None, with_tensor, counts_positives, avg_factor is None
+    way = _call.known(tensors, others)
+    if way is None:
+        require_floating(name, pred)
+        require_floating("target", target)
+        if target.shape != pred.shape:
+            raise ValueError(f"target: expected the shape of {name}, {tuple(pred.shape)}, got {tuple(target.shape)}")
+        require_constant("target", target)
+        if weight is not None:
+            require_real("weight", weight)
+            _require_broadcast(name, pred, weight)
+        alpha = require_number("alpha", alpha, minimum=0)
+        gamma = require_number("gamma", gamma, minimum=0)
+        pos_weight = require_number("pos_weight", pos_weight)
+        neg_weight = require_number("neg_weight", neg_weight)
+        if clip is not None:
+            clip = require_number("clip", clip, above=0)
+            if clip >= 0.5:
+                raise ValueError(f"clip: expected a number between 0 and 0.5, got {clip}")
+        require_same_device(**{name: pred}, target=target, weight=weight)
+        numbers = alpha, gamma, pos_weight, neg_weight, clip
     number = 1.0 if counts_positives else avg_factor
     how = checked_reduction(reduction, number, scale=scale, eps=avg_factor_eps, **{name: pred})
     if counts_positives and reduction != "none":
         how = Reduction("num_pos", None, scale, avg_factor_eps)
-    loss, _ = _call(pred, target, weight, alpha, gamma, pos_weight, neg_weight, name == "logits", clip, *how)
+    args = pred, target, weight, *numbers[:4], name == "logits", numbers[4], *how
+    if way is None:
+        way = _call.learn(tensors, others, args)
+    loss, _ = way(*args)
     return loss
 
 
