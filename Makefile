@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A process for each core, but no more than four: on a GPU each takes memory for a context of its own. One thread each, or
+# PyTorch would take every core in every process. Tests take very different times, which `worksteal` evens out.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DELETE_ON_ERROR: # an environment that could not be finished is made again
 .PHONY: demo test check docs bench clean
@@ -10,8 +13,8 @@ demo: $(VENV)/demo-ready  ## train a small multi-camera detector with every oper
 	$(BIN)/python -m saccade demo
 
 test: check docs  ## lint, types, tests, docs
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests -m interpreted
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests -m interpreted
 
 check: $(VENV)/ready  ## lint, format, types
 	$(BIN)/ruff check .
