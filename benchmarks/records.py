@@ -24,6 +24,6 @@ def are_records(value: Any) -> bool:
 
 
 def merged(earlier: list[dict[str, Any]], later: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All records, later ones in place of earlier ones of the same workload, pass, dtype, clock and GPU."""
-    found = {tuple(record[key] for key in _SUBJECT): record for record in [*earlier, *later]}
+    """All records, later ones in place of earlier ones of the same workload, pass, dtype, clock and GPU or GPUs."""
+    found = {(*(record[key] for key in _SUBJECT), record.get("gpus")): record for record in [*earlier, *later]}
     return list(found.values())

@@ -4,7 +4,7 @@ A suite has one or more operators, which ``saccade.doctor`` checks before anythi
 function of ``quick``, ``say`` and ``is_wanted`` that yields a record for each workload and pass: ``workload``,
 ``pass``, ``dtype``, ``clock``, ``saccade_us``, ``floor_us``, ``baselines``, ``recorded`` and ``error``, and more if
 there is more to tell. What is under way it tells ``say``; workloads that are not wanted it leaves out. What is true of
-the whole run is added here.
+the whole run is added here. The training of the demo takes minutes and is run by its name alone.
 """
 
 import importlib
@@ -17,12 +17,14 @@ from typing import Any
 
 import accvlab_protocol
 import aggregation
+import demo
 import heatmap
 import losses
 import ragged
 import tables
 import torch
 from accuracy import WrongResultError
+from demo import FailedTrainingError as FailedTrainingError
 from rich.console import Console
 from rich.table import Table
 
@@ -70,7 +72,7 @@ def run(only: str | None, console: Console, quick: bool = False, protocol: str |
     """Time the suites and print their tables.
 
     Args:
-        only: One suite, or one workload such as ``aggregation/det-b1``; all of them if ``None``.
+        only: One suite, or one workload such as ``aggregation/det-b1``; all of them but the demo if ``None``.
         console: Where the tables go.
         quick: Leave out what Saccade is compared with.
         protocol: In place of a suite's workloads, run the benchmark programs of the project that it replaces.
@@ -78,10 +80,12 @@ def run(only: str | None, console: Console, quick: bool = False, protocol: str |
     Raises:
         UnknownWorkloadError: There is no such suite and no such workload, or no such protocol of that suite.
         WrongResultError: An operator differs from its reference, or on a workload from the exact result.
+        FailedTrainingError: A run of the demo failed, or took too long.
     """
-    names = {*SUITES, *aggregation.workloads(), *losses.workloads(), *heatmap.workloads(), *ragged.workloads()}
-    if only is not None and only not in names:
-        suites = ", ".join(SUITES)
+    of_demo = {"demo", *demo.workloads()}
+    of_suites = {*aggregation.workloads(), *losses.workloads(), *heatmap.workloads(), *ragged.workloads()}
+    if only is not None and only not in {*SUITES, *of_suites, *of_demo}:
+        suites = ", ".join([*SUITES, "demo"])
         raise UnknownWorkloadError(f"--only: expected one of {suites}, or one of their workloads, got {only!r}")
     if protocol is not None and (only is None or PROTOCOLS.get(protocol) != only):
         forms = " or ".join(f"--only {suite} --protocol {name}" for name, suite in PROTOCOLS.items())
@@ -90,6 +94,8 @@ def run(only: str | None, console: Console, quick: bool = False, protocol: str |
     machine = _machine()
     if protocol is not None:
         return _run_protocol(console, quick, machine)
+    if only in of_demo:
+        return _run_demo(only, console, machine)
     records: list[dict[str, Any]] = []
     for name, suite in SUITES.items():
         if only in (None, name):
@@ -121,6 +127,19 @@ def _run_protocol(console: Console, quick: bool, machine: dict[str, str]) -> lis
     title = f"ACCV-Lab's benchmark programs, microseconds: {operator} ({backend}) on {machine['gpu']}"
     console.print(_table(title, columns, accvlab_protocol.programs(), is_wide=True))
     return [record | {"backend": backend} | machine for record in of_protocol]
+
+
+def _run_demo(only: str, console: Console, machine: dict[str, str]) -> list[dict[str, Any]]:
+    """Time the training of the demo, in which every operator is at work."""
+    for suite in SUITES.values():
+        for operator in suite:
+            _check(operator)
+    with console.status("demo") as status:
+        of_demo = list(demo.records(status.update, lambda workload: only in ("demo", workload)))
+    of_demo = [record | machine for record in of_demo]
+    columns = tables.throughput_columns(of_demo)
+    console.print(_table(f"{tables.THROUGHPUT}: demo on {machine['gpu']}", columns, [], is_wide=console.width >= 180))
+    return of_demo
 
 
 def _is_wanted(only: str | None, suite: str, operator: str, workload: str) -> bool:

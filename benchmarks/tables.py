@@ -2,6 +2,7 @@
 
 ``mkdocs.yml`` names this file. Where a page says ``<!-- results: aggregation feature_maps_format -->``, the records of
 ``results/h200.json`` whose workloads begin with these names appear, so that no figure in the documentation is typed.
+``<!-- throughput: demo -->`` is the same for the training on several GPUs, which may not be measured yet.
 """
 
 import json
@@ -15,8 +16,9 @@ Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results" / "h200.json"
 RECORDED_ON = "H200"  # where the times that are recorded, not measured, were taken
 CLOCKS = {"device": "Device time, microseconds", "wall": "Wall time, microseconds"}
+THROUGHPUT = "Scenes a second"
 
-_MARKER = re.compile(r"<!-- results: (.*?) -->")
+_MARKER = re.compile(r"<!-- (results|throughput): (.*?) -->")
 
 
 class Column(NamedTuple):
@@ -77,10 +79,39 @@ def columns(records: Sequence[Record]) -> list[Column]:
     return table
 
 
+def throughput_columns(records: Sequence[Record]) -> list[Column]:
+    """Scenes a second of the demo's training: a row for each workload, and for each number of GPUs a column.
+
+    Behind it, but for the first, is how many times as much that is as on one GPU.
+    """
+    found = {(r["workload"], r["dtype"], r["gpu"], r["gpus"]): r["scenes_per_second"] for r in records}
+    rows = list(dict.fromkeys(subject[:3] for subject in found))
+    table = [Column(title, [row[k] for row in rows], is_text=True) for k, title in enumerate(("workload", "dtype"))]
+    for gpus in sorted({subject[3] for subject in found}):
+        scenes = [found.get((*row, gpus)) for row in rows]
+        title = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+        table.append(Column(title, ["" if each is None else time_text(each) for each in scenes]))
+        if gpus > 1:
+            ones = [found.get((*row, 1)) for row in rows]
+            gains = [f"{n / one:.2f}x" if n and one else "" for n, one in zip(scenes, ones, strict=True)]
+            table.append(Column("speed-up", gains))
+    return table
+
+
 def _markdown_table(table: Sequence[Column]) -> str:
     rows = zip(*(column.cells for column in table), strict=True)
     lines = [[column.title for column in table], ["---" if column.is_text else "---:" for column in table], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _machine_text(record: Record) -> str:
+    gpu = record["gpu"] + (f", {record['cores']} CPU cores" if "cores" in record else "")
+    return f"{gpu}, torch {record['torch']}, Triton {record['triton']}, commit `{record['commit'][:10]}`"
+
+
+def _taken_on(records: Sequence[Record]) -> str:
+    machines: Iterable[str] = dict.fromkeys(map(_machine_text, records))
+    return f"taken on {'; '.join(machines)}"
 
 
 def markdown(records: Sequence[Record]) -> str:
@@ -88,23 +119,29 @@ def markdown(records: Sequence[Record]) -> str:
     parts = []
     for clock, title in CLOCKS.items():
         of_clock = [record for record in records if record["clock"] == clock]
-        machines: Iterable[str] = dict.fromkeys(
-            f"{r['gpu']}, torch {r['torch']}, Triton {r['triton']}, commit `{r['commit'][:10]}`" for r in of_clock
-        )
         if of_clock:
-            parts.append(f"**{title}**, taken on {'; '.join(machines)}.\n\n{_markdown_table(columns(of_clock))}")
+            parts.append(f"**{title}**, {_taken_on(of_clock)}.\n\n{_markdown_table(columns(of_clock))}")
     return "\n\n".join(parts)
+
+
+def throughput_markdown(records: Sequence[Record]) -> str:
+    """The table of the training on several GPUs, and what it was taken on."""
+    if not records:
+        return f"Not measured yet: `{RESULTS.name}` has no such records."
+    return f"**{THROUGHPUT}**, {_taken_on(records)}.\n\n{_markdown_table(throughput_columns(records))}"
 
 
 def with_results(text: str, records: Sequence[Record]) -> str:
     """A page with the tables in place of its markers.
 
     Raises:
-        ValueError: There is no record of what a marker names.
+        ValueError: There is no record of what a marker of results names.
     """
 
     def tables(marker: re.Match[str]) -> str:
-        named = [record for record in records if record["workload"].split("/")[0] in marker[1].split()]
+        named = [record for record in records if record["workload"].split("/")[0] in marker[2].split()]
+        if marker[1] == "throughput":
+            return throughput_markdown(named)
         if not named:
             raise ValueError(f"{marker[0]}: {RESULTS.name} has no such record")
         return markdown(named)

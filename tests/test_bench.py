@@ -4,8 +4,11 @@ import importlib
 import itertools
 import json
 import math
+import os
 import re
+import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +33,7 @@ accuracy, aggregation, aggregation_oracle, losses, losses_oracle, run, tables, w
 heatmap, heatmap_oracle, accvlab_protocol = map(
     importlib.import_module, ("heatmap", "heatmap_oracle", "accvlab_protocol")
 )
-detr_loss, ragged = map(importlib.import_module, ("detr_loss", "ragged"))
+demo, detr_loss, ragged, records_of_runs = map(importlib.import_module, ("demo", "detr_loss", "ragged", "records"))
 
 KEYS = {
     *("workload", "pass", "dtype", "clock", "saccade_us", "floor_us", "baselines", "recorded", "error"),
@@ -38,8 +41,9 @@ KEYS = {
 }
 PASSES = {
     *("forward", "backward", "backward-deterministic", "forward+backward"),
-    *("redraw", "clear+draw", "redraw-concatenated", "clear+draw-concatenated", "ten-calls", "kernel"),
+    *("redraw", "clear+draw", "redraw-concatenated", "clear+draw-concatenated", "ten-calls", "kernel", "training"),
 }
+OF_TRAINING = {"gpus", "cores", "batch", "steps", "scenes_per_second"}
 
 runner = CliRunner()
 
@@ -880,7 +884,7 @@ def test_an_unknown_suite_or_an_unwritable_file_is_one_line(clock, tmp_path):
     for arguments, message in (
         (
             ["--only", "nonsense"],
-            f"--only: expected one of {', '.join(run.SUITES)}, or one of their workloads, got 'nonsense'",
+            f"--only: expected one of {', '.join(run.SUITES)}, demo, or one of their workloads, got 'nonsense'",
         ),
         (
             ["--only", "losses", "--protocol", "accvlab"],
@@ -915,7 +919,7 @@ def test_a_quick_run_on_a_gpu(monkeypatch, tmp_path):
     result = runner.invoke(app, ["bench", "--quick", "--json", str(tmp_path / "results.json")])
     assert result.exit_code == 0, result.output
     records = json.loads((tmp_path / "results.json").read_text())
-    assert {record["pass"] for record in records} == PASSES - {"ten-calls", "kernel"}
+    assert {record["pass"] for record in records} == PASSES - {"ten-calls", "kernel", "training"}
     for record in records:
         assert record["saccade_us"] > 0
         assert record["gpu"] == torch.cuda.get_device_name()
@@ -930,6 +934,174 @@ def test_the_benchmark_programs_of_accvlab_on_a_gpu():
     for record in records:
         assert record["saccade_us"] > 0
         assert record["error"] <= accuracy.TOLERANCES["float32"]
+
+
+# ---- training of the demo
+
+
+@pytest.fixture
+def several_gpus(clock, monkeypatch):
+    """A machine with three GPUs, of which runs take one and two."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+
+
+def a_report(gpus: int) -> dict:
+    """What is read of the report that `saccade demo --json` writes."""
+    report = {"scenes_per_second": 100.0 * gpus**0.5, "step_ms": 160.0 * gpus**0.5, "batch": 16 * gpus, "steps": 100}
+    return report | {"losses": {"total": {"last": 3.5}}, "backends": {"focal_loss": "triton", "ragged": "triton"}}
+
+
+@pytest.fixture
+def reported(several_gpus, monkeypatch):
+    """Runs of the demo that were reported, not made: their names, numbers of GPUs and options."""
+    runs = []
+    monkeypatch.setattr(demo, "_trained", lambda *run: runs.append(run) or a_report(run[1]))
+    return runs
+
+
+def test_how_the_demo_is_started(tmp_path):
+    of_demo = ["-m", "saccade", "demo", "--device", "cuda", "--steps", "100", "--batch"]
+    files = ["--curve-every", "0", "--out", str(tmp_path), "--json", str(tmp_path / "report.json")]
+    assert demo.command(1, [], tmp_path) == [sys.executable, *of_demo, "16", *files]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    compiled = ["--amp", "bf16", "--compile"]
+    options = [*files[:2], *compiled, *files[2:]]
+    assert demo.command(4, compiled, tmp_path) == [sys.executable, *torchrun, *of_demo, "64", *options]
+
+
+def test_the_environment_of_the_demo(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
+    assert demo.environment() == {**os.environ, "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0"}
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    assert demo.environment()["NCCL_NVLS_ENABLE"] == "1"
+
+
+def test_records_of_training(reported, tmp_path):
+    result = runner.invoke(app, ["bench", "--only", "demo", "--json", str(tmp_path / "results.json")])
+    assert result.exit_code == 0, result.output
+    compiled = ["--amp", "bf16", "--compile"]
+    assert reported == [
+        ("demo/training on 1 GPU", 1, []),
+        ("demo/training on 2 GPUs", 2, []),
+        ("demo/training-compiled on 1 GPU", 1, compiled),
+        ("demo/training-compiled on 2 GPUs", 2, compiled),
+    ]
+    records = json.loads((tmp_path / "results.json").read_text())
+    subjects = [(record["workload"], record["dtype"], record["gpus"], record["batch"]) for record in records]
+    assert subjects == [
+        ("demo/training", "float32", 1, 16),
+        ("demo/training", "float32", 2, 32),
+        ("demo/training-compiled", "bfloat16", 1, 16),
+        ("demo/training-compiled", "bfloat16", 2, 32),
+    ]
+    for record in records:
+        assert set(record) == KEYS | OF_TRAINING
+        assert (record["pass"], record["clock"], record["steps"]) == ("training", "wall", 100)
+        assert record["saccade_us"] == pytest.approx(160e3 * record["gpus"] ** 0.5)
+        assert record["scenes_per_second"] == pytest.approx(100 * record["gpus"] ** 0.5)
+        assert record["backend"] == "triton"
+        assert record["cores"] >= 1
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.output.splitlines() if "│" in line]
+    assert lines == [
+        ["demo/training", "float32", "100", "141", "1.41x"],
+        ["demo/training-compiled", "bfloat16", "100", "141", "1.41x"],
+    ]
+
+
+def test_one_training_alone(reported):
+    records = run.run("demo/training-compiled", Console(quiet=True))
+    assert [record["gpus"] for record in records] == [1, 2]
+    assert {record["workload"] for record in records} == {"demo/training-compiled"}
+
+
+def test_training_is_timed_only_if_it_is_named(reported):
+    run.run(None, Console(quiet=True), quick=True)
+    assert reported == []
+
+
+def test_training_on_another_number_of_gpus_is_another_record():
+    earlier = [a_record(workload="demo/training", gpus=gpus, saccade_us=1) for gpus in (1, 2, 4)]
+    later = [a_record(workload="demo/training", gpus=gpus, saccade_us=2) for gpus in (1, 2)]
+    found = {
+        record["gpus"]: record["saccade_us"]
+        for record in records_of_runs.merged([*earlier, a_record()], later)
+        if "gpus" in record
+    }
+    assert found == {1: 2, 2: 2, 4: 1}
+    assert len(records_of_runs.merged([*earlier, a_record()], later)) == 4
+
+
+def test_training_whose_loss_is_no_number_is_not_recorded(several_gpus, tmp_path, monkeypatch, clock):
+    monkeypatch.setattr(demo, "_trained", lambda *_: a_report(1) | {"losses": {"total": {"last": math.nan}}})
+    message = refused(clock, tmp_path, "--only", "demo")
+    assert "demo/training on 1 GPU is not timed: its loss became nan" in message
+
+
+def test_training_is_not_timed_if_an_operator_fails(reported, clock, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "check", lambda name, _: "raises" if name == "ragged" else None)
+    assert "ragged is not timed: it raises" in refused(clock, tmp_path, "--only", "demo/training")
+    assert reported == []
+
+
+def test_training_that_fails_is_told_with_its_last_lines(several_gpus, clock, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        demo, "PROGRAM", ["-c", "for line in range(300): print('line', line)\nraise SystemExit('fault')"]
+    )
+    first, *lines = refused(clock, tmp_path, "--only", "demo").splitlines()
+    assert first == "saccade bench: demo/training on 1 GPU ended with status 1; its last lines:"
+    # The order of the two streams in the file is the program's own affair.
+    assert len(lines) == demo.TOLD_LINES
+    assert "fault" in lines
+    assert "line 299" in lines
+
+
+def test_training_that_takes_too_long_is_ended_with_all_its_processes(several_gpus, clock, tmp_path, monkeypatch):
+    script = tmp_path / "endless.py"
+    script.write_text(
+        "import os, pathlib, time\n"
+        "pathlib.Path(__file__).with_suffix('.' + str(os.getpid())).touch()\n"
+        "time.sleep(600)\n"
+    )
+    popen, limit = subprocess.Popen, demo.LIMIT_S
+
+    def ranks() -> list[int]:
+        return [int(path.suffix[1:]) for path in tmp_path.glob("endless.*") if path != script]
+
+    class Hurried(popen):
+        """Its time is up as soon as both ranks run."""
+
+        def wait(self, timeout=None):
+            if timeout != limit:
+                return super().wait(timeout)
+            while len(ranks()) < 2 and self.poll() is None:
+                time.sleep(0.05)
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(demo, "PROGRAM", [str(script)])
+    monkeypatch.setattr(demo, "GPUS", (2,))
+    monkeypatch.setattr(demo.subprocess, "Popen", Hurried)
+    message = refused(clock, tmp_path, "--only", "demo/training")
+    assert "demo/training on 2 GPUs took longer than 180 s; its last lines:" in message
+    assert len(ranks()) == 2
+    for rank in ranks():
+        with pytest.raises(ProcessLookupError):
+            os.kill(rank, 0)
+
+
+def test_training_in_two_processes_is_measured(monkeypatch):
+    """The demo itself, made small, on the CPU."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"DEVICE": "cpu", "BATCH": 1, "STEPS": 4}.items():
+        monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(demo, "PROGRAM", [str(ROOT / "tests" / "small_demo.py")])
+    found = {record["gpus"]: record for record in demo.records(lambda _: None, lambda name: name == "demo/training")}
+    assert list(found) == [1, 2]
+    for gpus, record in found.items():
+        assert (record["batch"], record["steps"], record["backend"]) == (gpus, 4, "pytorch")
+        assert 0 < record["scenes_per_second"] < math.inf
+        assert 0 < record["saccade_us"] < 60e6
 
 
 # ---- records as tables
@@ -965,6 +1137,35 @@ def test_markdown_of_records():
     )
 
 
+def a_training(gpus: int, scenes_per_second: float, **values) -> dict:
+    values = {"workload": "demo/training", "pass": "training", "clock": "wall", "cores": 64} | values
+    return a_record(gpus=gpus, scenes_per_second=scenes_per_second, **values)
+
+
+def test_markdown_of_training():
+    of_mode = {"workload": "demo/training-compiled", "dtype": "bfloat16"}
+    records = [a_training(4, 369.9), a_training(1, 123.4), a_training(2, 210.0), a_training(4, 400.0, **of_mode)]
+    page = tables.with_results("<!-- throughput: demo -->\n\n<!-- results: aggregation -->", [*records, a_record()])
+    table, of_aggregation = page.split("\n\n**Device time")
+    assert "demo" not in of_aggregation
+    assert table == "\n".join(
+        [
+            "**Scenes a second**, taken on NVIDIA H200, 64 CPU cores, torch 2.11.0, Triton 3.6.0, "
+            f"commit `{'a' * 10}`.",
+            "",
+            "| workload | dtype | 1 GPU | 2 GPUs | speed-up | 4 GPUs | speed-up |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+            "| demo/training | float32 | 123 | 210 | 1.70x | 370 | 3.00x |",
+            "| demo/training-compiled | bfloat16 |  |  |  | 400 |  |",
+        ]
+    )
+
+
+def test_training_that_was_not_measured_is_said_to_be_so():
+    page = tables.with_results("before <!-- throughput: demo --> after", [a_record()])
+    assert page == "before Not measured yet: `h200.json` has no such records. after"
+
+
 def test_another_gpu_is_not_set_against_recorded_times():
     record = a_record(recorded={"old": 4325}, gpu="NVIDIA L4")
     assert "speed-up" not in [column.title for column in tables.columns([record])]
@@ -983,10 +1184,13 @@ def test_a_page_gets_the_records_that_it_names():
 
 
 RESULTS = json.loads(tables.RESULTS.read_text())
+TRAININGS = [record for record in RESULTS if record["pass"] == "training"]
 
 
 def test_committed_results_are_records():
-    keys = [(record["workload"], record["pass"], record["dtype"], record["clock"]) for record in RESULTS]
+    keys = [
+        (record["workload"], record["pass"], record["dtype"], record["clock"], record.get("gpus")) for record in RESULTS
+    ]
     assert len(set(keys)) == len(keys) > 0
     for record in RESULTS:
         assert set(record) >= KEYS
@@ -1002,10 +1206,14 @@ def test_committed_results_are_records():
 def test_the_documentation_shows_every_committed_result():
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     rows = [line for line in tables.on_page_markdown(page).splitlines() if re.match(r"\| [\w-]+/", line)]
-    assert len(rows) == len(RESULTS)
+    assert len(rows) == len(RESULTS) - len(TRAININGS) + len({record["workload"] for record in TRAININGS})
     for record in RESULTS:
-        start = f"| {record['workload']} | {record['dtype']} | {record['pass']} | "
-        assert any(row.startswith(start) for row in rows)
+        start = f"| {record['workload']} | {record['dtype']} | "
+        if record in TRAININGS:
+            scenes = f" | {tables.time_text(record['scenes_per_second'])} |"
+            assert any(row.startswith(start) and scenes in row for row in rows)
+        else:
+            assert any(row.startswith(f"{start}{record['pass']} | ") for row in rows)
     assert "tables.py" in (ROOT / "mkdocs.yml").read_text()
 
 
