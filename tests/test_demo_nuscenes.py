@@ -22,7 +22,8 @@ from saccade.demo.ahead import made_ahead
 from saccade.demo.evaluation import Counts, Detections, match
 from saccade.demo.geometry import BOX_SIGNS, Sample, box_corners, project, yaw_rotation
 from saccade.demo.nuscenes import KeyFrame, LoadedFrames, NuScenesScenes, read_key_frame, result_boxes
-from saccade.demo.scene import CAMERA_NAMES, CLASS_NAMES, IMAGE_WH, random_world, render, rig_cameras
+from saccade.demo.scene import CAMERA_NAMES, IMAGE_WH, calibration, random_world, render
+from saccade.demo.solids import CLASS_NAMES
 
 REAL_FRAME = Path(__file__).resolve().parents[2] / "shared" / "nuscenes_frame"
 
@@ -123,11 +124,14 @@ def real_pictures() -> Pictures:
 def rendered_pictures(folder: Path) -> Pictures:
     folder.mkdir()
     image_wh = (2 * IMAGE_WH[0], 2 * IMAGE_WH[1])
-    sample, _ = render(random_world(np.random.default_rng(5)), image_wh)
+    world = replace(random_world(np.random.default_rng(5)), turn=0.0)
+    sample, _ = render(world, image_wh)
     for name, image in zip(CAMERA_NAMES, sample.images, strict=True):
-        Image.fromarray((255 * image.transpose(1, 2, 0)).astype(np.uint8)).save(folder / f"{name}.jpg", quality=90)
+        Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{name}.jpg", quality=90)
     boxes = [(CLASS_NAMES[label], box, 7) for box, label in zip(sample.boxes, sample.labels, strict=True) if label >= 0]
-    return Pictures([folder / f"{name}.jpg" for name in CAMERA_NAMES], image_wh, *rig_cameras(image_wh), boxes)
+    return Pictures(
+        [folder / f"{name}.jpg" for name in CAMERA_NAMES], image_wh, *calibration(world.rig, image_wh), boxes
+    )
 
 
 def write_data_set(root: Path, pictures: Pictures) -> Path:
@@ -454,7 +458,8 @@ def test_samples_agree_with_the_devkits_own_projection(source, pictures):
     sample = source.sample(token)
     assert isinstance(sample, Sample)
     assert sample.images.shape == (6, 3, IMAGE_WH[1], IMAGE_WH[0])
-    assert sample.images.dtype == sample.projection.dtype == sample.boxes.dtype == np.float32
+    assert sample.images.dtype == np.uint8
+    assert sample.projection.dtype == sample.boxes.dtype == np.float32
     assert sample.labels.tolist() == expected_labels(pictures)
     width, height = pictures.image_wh
     scale, cut = IMAGE_WH[0] / width, round(height * IMAGE_WH[0] / width) - IMAGE_WH[1]
@@ -473,8 +478,8 @@ def test_samples_agree_with_the_devkits_own_projection(source, pictures):
                 landed += bool((corners.mean(0) > 0).all() and (corners.mean(0) < IMAGE_WH).all())
         with Image.open(file) as picture:
             small = picture.convert("RGB").resize((IMAGE_WH[0], cut + IMAGE_WH[1]), Image.Resampling.BOX)
-        difference = np.abs(sample.images[camera].transpose(1, 2, 0) - np.asarray(small)[cut:] / 255)
-        assert difference.mean() < 0.02  # another way of scaling; neighbouring cameras differ by more than 0.1
+        difference = np.abs(sample.images[camera].transpose(1, 2, 0) - np.asarray(small)[cut:].astype(float))
+        assert difference.mean() < 5  # another way of scaling; neighbouring cameras differ by more than 25
     assert landed > 10
 
 

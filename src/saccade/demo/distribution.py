@@ -60,6 +60,14 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def from_all(self, told: T) -> list[T]:
+        """What every process has to tell, in their order."""
+        if self.count == 1:
+            return [told]
+        gathered: list[Any] = [None] * self.count
+        dist.all_gather_object(gathered, told)
+        return gathered
+
     def copy_of_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of the first process."""
         if self.count > 1:
@@ -85,18 +93,16 @@ ALONE = Ranks()
 
 
 @contextmanager
-def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Same bits in every run, if wanted: of two algorithms PyTorch takes the one that gives them.
+def chosen_algorithms(deterministic: bool) -> Iterator[None]:
+    """How PyTorch chooses among algorithms: the fastest convolutions, or what has the same bits in every run.
 
     Must be entered before cuBLAS is first used, which reads its setting then.
     """
-    if not wanted:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not deterministic
     try:
         yield
     finally:

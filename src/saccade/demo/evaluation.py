@@ -50,6 +50,11 @@ class Counts:
         return self.true_positives / max(self.true_positives + self.false_positives, 1)
 
 
+def to_be_found(boxes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(M,) which of the true boxes count: those of a class, and within `MAX_RANGE`."""
+    return (labels >= 0) & (np.hypot(boxes[:, 0], boxes[:, 1]) <= MAX_RANGE)
+
+
 def match(detections: Detections, boxes: np.ndarray, labels: np.ndarray) -> Counts:
     """Compare the detections of one sample with its true boxes.
 
@@ -64,8 +69,8 @@ def match(detections: Detections, boxes: np.ndarray, labels: np.ndarray) -> Coun
         boxes: (M, 7) true boxes.
         labels: (M,) their classes.
     """
-    ignored = (labels < 0) | (np.hypot(boxes[:, 0], boxes[:, 1]) > MAX_RANGE)
-    free = ~ignored
+    free = to_be_found(boxes, labels)
+    ignored = ~free
     right = wrong = 0
     for i in np.argsort(-detections.scores, kind="stable"):
         if detections.scores[i] < MIN_SCORE:

@@ -107,7 +107,7 @@ def read_image(path: Path, image_wh: tuple[int, int]) -> tuple[np.ndarray, np.nd
     """An image scaled to a width and cut at the top to a height.
 
     Returns:
-        The image (3, H, W) in [0, 1], and the matrix (3, 3) that takes pixels of the file to pixels of the image.
+        The image (3, H, W) uint8, and the matrix (3, 3) that takes pixels of the file to pixels of the image.
     """
     width, height = image_wh
     try:
@@ -122,6 +122,6 @@ def read_image(path: Path, image_wh: tuple[int, int]) -> tuple[np.ndarray, np.nd
     except (OSError, SyntaxError) as error:  # what Pillow raises for damaged files
         raise DemoError(f"{path}: not a readable image ({error})") from error
     top = rows - height
-    pixels = np.asarray(scaled.crop((0, top, width, rows)), dtype=np.float32) / 255
+    pixels = np.asarray(scaled.crop((0, top, width, rows)))
     scale_x, scale_y = width / original[0], rows / original[1]
     return pixels.transpose(2, 0, 1), np.array([[scale_x, 0, 0], [0, scale_y, -top], [0, 0, 1]])

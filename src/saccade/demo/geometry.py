@@ -27,7 +27,7 @@ BOX_EDGES = np.array(
 class Sample:
     """The images of all cameras at one moment, with the boxes around the vehicle."""
 
-    images: np.ndarray  # (N, 3, H, W) float32, RGB in [0, 1]
+    images: np.ndarray  # (N, 3, H, W) uint8, RGB
     projection: np.ndarray  # (N, 4, 4) float32: point -> (u * depth, v * depth, depth, 1), u and v in pixels
     boxes: np.ndarray  # (M, 7) float32: centre x, y, z, length, width, height, yaw (0: the length lies along x)
     labels: np.ndarray  # (M,) int64; negative: ignored, neither to be found nor wrong to be found
@@ -87,7 +87,24 @@ def turned(sample: Sample, angle: float) -> Sample:
     """The same sample in a coordinate frame turned about z by `angle` radians: what the cameras saw stays as it is."""
     turn = np.eye(4, dtype=np.float32)
     turn[:3, :3] = yaw_rotation(angle)
+    return replace(sample, boxes=turned_boxes(sample.boxes, angle), projection=sample.projection @ turn.T)
+
+
+def mirrored(sample: Sample) -> Sample:
+    """The same sample in a mirror: what was on the right is on the left, in the images and around the vehicle."""
+    sides = np.diag(np.array([-1, 1, 1, 1], dtype=np.float32))
+    columns = sides.copy()
+    columns[0, 2] = sample.image_wh[0]
     boxes = sample.boxes.copy()
-    boxes[:, :3] = boxes[:, :3] @ turn[:3, :3].T
+    boxes[:, 0] *= -1
+    boxes[:, 6] = np.pi - boxes[:, 6]
+    images = np.ascontiguousarray(sample.images[..., ::-1])
+    return replace(sample, images=images, boxes=boxes, projection=columns @ sample.projection @ sides)
+
+
+def turned_boxes(boxes: np.ndarray, angle: float) -> np.ndarray:
+    """Boxes (M, 7) in a coordinate frame turned about z by `angle` radians."""
+    boxes = boxes.copy()
+    boxes[:, :3] = boxes[:, :3] @ yaw_rotation(angle).T.astype(boxes.dtype)
     boxes[:, 6] += angle
-    return replace(sample, boxes=boxes, projection=sample.projection @ turn.T)
+    return boxes

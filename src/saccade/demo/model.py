@@ -101,13 +101,39 @@ class Backbone(nn.Module):
 
 
 class Rays:
-    """The lines of sight of pixels: where they start and which way they go."""
+    """The lines of sight of pixels: where they start and which way they go.
 
-    def __init__(self, projection: Tensor):
-        """Take projection matrices (..., 4, 4)."""
-        inverse = torch.linalg.inv(projection.float())
-        self.origin = inverse[..., :3, 3]  # (..., 3)
-        self.basis = inverse[..., :3, :3]
+    Args:
+        origin: (..., 3).
+        basis: (..., 3, 3); its columns are how the direction changes with u and v, and what it is at 0.
+    """
+
+    def __init__(self, origin: Tensor, basis: Tensor):
+        self.origin = origin
+        self.basis = basis
+
+    @classmethod
+    def of(cls, projection: Tensor) -> "Rays":
+        """Those of projection matrices (..., 4, 4), see `Sample`."""
+        # Cofactors: torch.linalg.inv would have the host wait for the device to hear whether there is an inverse.
+        rows, shift = projection[..., :3, :3].float(), projection[..., :3, 3].float()
+        a, b, c = rows.unbind(-2)
+        b_c = torch.linalg.cross(b, c)
+        basis = torch.stack([b_c, torch.linalg.cross(c, a), torch.linalg.cross(a, b)], -1)
+        basis = basis / (a * b_c).sum(-1)[..., None, None]
+        return cls(-(basis * shift[..., None, :]).sum(-1), basis)
+
+    def of_pixels(self) -> "Rays":
+        """Those of cameras (B, N), to broadcast with maps (B, N, H, W)."""
+        return Rays(self.origin[:, :, None, None], self.basis[:, :, None, None])
+
+    def of_cameras(self, camera: Tensor) -> "Rays":
+        """Those of the cameras (B, A) that are chosen out of (B, N)."""
+        index = camera[..., None]
+        return Rays(
+            self.origin.gather(1, index.expand(-1, -1, 3)),
+            self.basis.gather(1, index[..., None].expand(-1, -1, 3, 3)),
+        )
 
     def direction(self, u: Tensor, v: Tensor) -> Tensor:
         """Directions (..., 3), of unit length in the ground plane, at pixels that broadcast with the matrices."""
@@ -141,7 +167,7 @@ class AnchorEncoder(nn.Module):
         """(B, A, 11) to (B, A, C)."""
         sin, cos = line_of_sight(anchor)
         distance = anchor[..., :2].norm(dim=-1, keepdim=True)
-        heading = rotate(anchor[..., [7, 6]], -sin, cos)
+        heading = rotate(anchor[..., 6:8].flip(-1), -sin, cos)
         return self.layers(torch.cat([distance / 20, torch.log(distance + 1), anchor[..., 2:6], heading], -1))
 
 
@@ -233,7 +259,8 @@ def refined(anchor: Tensor, change: Tensor) -> Tensor:
     # The farther away, the larger the unit: errors in depth grow with the distance.
     unit = 0.2 + anchor[..., :2].detach().norm(dim=-1, keepdim=True) / 15
     centre = anchor[..., :2] + rotate(change[..., :2] * unit, sin, cos)
-    heading = rotate(rotate(anchor[..., [7, 6]], -sin, cos) + change[..., [7, 6]], sin, cos)
+    # Not [..., [7, 6]]: a list would be copied to the device, for which the host waits.
+    heading = rotate(rotate(anchor[..., 6:8].flip(-1), -sin, cos) + change[..., 6:8].flip(-1), sin, cos)
     heading = F.normalize(heading, dim=-1, eps=1e-3)  # or key points would all move towards the centre
     return torch.cat(
         [centre, anchor[..., 2:6] + change[..., 2:6], heading.flip(-1), anchor[..., 8:] + change[..., 8:]], -1
@@ -256,6 +283,8 @@ class Detector(nn.Module):
     STRIDE = 4
     """Image pixels to a cell of the heatmap."""
 
+    first_size: Tensor
+
     def __init__(self, config: DetectorConfig):
         super().__init__()
         self.config = config
@@ -267,30 +296,32 @@ class Detector(nn.Module):
         self.content = nn.Sequential(nn.Linear(config.embed_dims, config.embed_dims), nn.LayerNorm(config.embed_dims))
         self.encoder = AnchorEncoder(config.embed_dims)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.register_buffer("first_size", torch.tensor(FIRST_SIZE).log(), persistent=False)
 
     def forward(self, images: Tensor, projection: Tensor) -> Output:
         """Detect.
 
         Args:
-            images: (B, N, 3, H, W) in [0, 1], H and W multiples of 16.
+            images: (B, N, 3, H, W) uint8, H and W multiples of 16.
             projection: (B, N, 4, 4) float32, see `Sample`.
         """
         batch, cameras, _, height, width = images.shape
         u = torch.arange(width, device=images.device) + 0.5
         v = torch.arange(height, device=images.device)[:, None] + 0.5
-        ground = log_ground_distance(projection, u, v)
-        pixels = torch.cat([(images - 0.45) / 0.25, ground[:, :, None]], 2).flatten(0, 1)
+        rays = Rays.of(projection)
+        ground = log_ground_distance(rays, u, v)
+        pixels = torch.cat([(images / 255 - 0.45) / 0.25, ground[:, :, None]], 2).flatten(0, 1)
         maps = self.backbone(pixels.contiguous(memory_format=torch.channels_last))
         centres = self.centres(maps[0])
         heatmap = self.heatmap(centres).float()
-        lift = self._on_the_ground(self.lift(centres).float(), projection)
+        lift = self._on_the_ground(self.lift(centres).float(), rays)
 
         by_camera = [m.unflatten(0, (batch, cameras)) for m in (heatmap, lift, *maps)]
-        anchor, cell = self._lifted(by_camera[0].detach(), by_camera[1].detach(), projection)
+        anchor, cell = self._lifted(by_camera[0].detach(), by_camera[1].detach(), rays)
         finest = by_camera[2].movedim(2, -1).flatten(1, 3)  # (B, N * h * w, C)
         feature = self.content(finest.gather(1, cell[..., None].expand(-1, -1, finest.shape[-1])))
         triple = saccade.feature_maps_format(by_camera[2:])
-        size = projection.new_tensor([width, height]).expand(batch, cameras, 2)
+        size = torch.cat([projection.new_full((batch, cameras, 1), length) for length in (width, height)], -1)
         metas = {"projection_mat": projection, "image_wh": size}
         output = Output([], [], heatmap, lift)
         for layer in self.layers:
@@ -299,27 +330,27 @@ class Detector(nn.Module):
             output.anchors.append(anchor)
         return output
 
-    def _on_the_ground(self, lift: Tensor, projection: Tensor) -> Tensor:
+    def _on_the_ground(self, lift: Tensor, rays: Rays) -> Tensor:
         """Turn the last channel of `lift` (B * N, 3, h, w) from rows of the image into a distance, as `Output` has it.
 
         What a convolution can read off an image is how many rows below its centre a box stands on the ground; how far
         away that is, the calibration tells. Where the ground is not flat, the network learns the row at which flat
         ground would be as far away.
         """
-        offset = lift.unflatten(0, projection.shape[:2])  # (B, N, 3, h, w)
+        offset = lift.unflatten(0, rays.origin.shape[:2])  # (B, N, 3, h, w)
         height, width = lift.shape[-2:]
         row = torch.arange(height, device=lift.device)[:, None] + FIRST_OFFSET + offset[:, :, 2]
         column = (torch.arange(width, device=lift.device) + 0.5).expand_as(row)
-        distance = log_ground_distance(projection, column * self.STRIDE, row * self.STRIDE)
+        distance = log_ground_distance(rays, column * self.STRIDE, row * self.STRIDE)
         return torch.cat([offset[:, :, :2], distance[:, :, None]], 2).flatten(0, 1)
 
-    def _lifted(self, heatmap: Tensor, lift: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
+    def _lifted(self, heatmap: Tensor, lift: Tensor, rays: Rays) -> tuple[Tensor, Tensor]:
         """Anchors (B, A, 11) where the heatmaps peak, as far away as `lift` says, and their cells (B, A) of N * h * w.
 
         Args:
             heatmap: (B, N, classes, h, w).
             lift: (B, N, 3, h, w).
-            projection: (B, N, 4, 4).
+            rays: Of the cameras (B, N).
         """
         peak = heatmap.amax(2)  # (B, N, h, w)
         peak = torch.where(peak == F.max_pool2d(peak, 3, 1, 1), peak, -torch.inf)
@@ -327,27 +358,27 @@ class Detector(nn.Module):
         cell = peak.flatten(1).topk(self.config.num_anchors).indices
         camera, row, column = cell // (height * width), cell // width % height, cell % width
         place = lift.movedim(2, -1).flatten(1, 3).gather(1, cell[..., None].expand(-1, -1, 3))
-        rays = Rays(projection.gather(1, camera[..., None, None].expand(-1, -1, 4, 4)))
+        rays = rays.of_cameras(camera)
         distance = 10 * place[..., 2:].clamp(-3, 2).exp()
         centre = rays.origin + distance * rays.direction(
             (column + place[..., 0]) * self.STRIDE, (row + place[..., 1]) * self.STRIDE
         )
-        size = centre.new_tensor(FIRST_SIZE).log().expand_as(centre)
         # They head away from the vehicle.
+        size = self.first_size.expand_as(centre)
         return torch.cat([centre, size, *line_of_sight(centre), torch.zeros_like(centre)], -1), cell
 
 
-def log_ground_distance(projection: Tensor, u: Tensor, v: Tensor) -> Tensor:
+def log_ground_distance(rays: Rays, u: Tensor, v: Tensor) -> Tensor:
     """How far away flat ground is at pixels, as logarithm of the distance / 10 m; far, but finite, above the horizon.
 
     Args:
-        projection: (B, N, 4, 4).
+        rays: Of the cameras (B, N).
         u, v: Pixel coordinates that broadcast to (B, N, H, W).
 
     Returns:
         (B, N, H, W).
     """
-    rays = Rays(projection[:, :, None, None])
+    rays = rays.of_pixels()
     fall = -rays.direction(u, v)[..., 2]
     # Softplus: the gradient must know the way back below the horizon.
     fall = HORIZON_FALL * F.softplus(fall / HORIZON_FALL)

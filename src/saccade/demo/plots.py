@@ -5,6 +5,7 @@ be told apart without colour.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from matplotlib.patches import Circle, Patch, Polygon
 from PIL import Image
 
 from saccade.demo.evaluation import MAX_RANGE, MIN_SCORE, Counts, Detections
-from saccade.demo.geometry import Sample, box_corners, wire_segments, yaw_rotation
+from saccade.demo.geometry import Sample, box_corners, turned, turned_boxes, wire_segments, yaw_rotation
 
 DARK, INK, FAINT = "#15181c", "#eceff3", "#8b939c"
 TRUE, IGNORED = "#ffffff", "#b9b9b9"
@@ -116,7 +117,7 @@ def camera_panels(
 def show_image(axes: Axes, sample: Sample, camera: int, brightness: float = 0.85, named: bool = True) -> None:
     """The image of a camera, in pixels of that image, and its name."""
     width, height = sample.image_wh
-    picture = (brightness * sample.images[camera]).transpose(1, 2, 0)
+    picture = (brightness / 255 * sample.images[camera]).transpose(1, 2, 0)
     axes.imshow(picture, extent=(0, width, height, 0), interpolation="lanczos", aspect="auto")
     axes.set(xlim=(0, width), ylim=(height, 0))
     if named:
@@ -267,6 +268,10 @@ def draw_birds_eye(path: Path, sample: Sample, detections: Detections, counts: C
 
 def show_from_above(axes: Axes, sample: Sample, detections: Detections, size: float = 10, named: bool = True) -> None:
     """Boxes around the vehicle, which looks up, with rings of equal range and what each camera sees, and its name."""
+    if "CAM_FRONT" in sample.camera_names:
+        ahead = sample.projection[sample.camera_names.index("CAM_FRONT"), 2, :2]
+        angle = np.pi / 2 - float(np.arctan2(ahead[1], ahead[0]))
+        sample, detections = turned(sample, angle), replace(detections, boxes=turned_boxes(detections.boxes, angle))
     far = np.hypot(sample.boxes[:, 0], sample.boxes[:, 1])
     counted = far <= MAX_RANGE
     reach = 4 + max([*far[counted], 16.0])
@@ -369,7 +374,7 @@ def draw_heatmaps(path: Path, sample: Sample, target: np.ndarray, predicted: np.
             axes = canvas.panel(left, 86 + row * panel, panel_width, panel - GAP)
             show_image(axes, sample, camera)
             grey = sample.images[camera].mean(0)
-            axes.imshow(grey, cmap="gray", vmin=-0.2, vmax=1.6, extent=(0, width, height, 0), aspect="auto")
+            axes.imshow(grey, cmap="gray", vmin=-50, vmax=400, extent=(0, width, height, 0), aspect="auto")
             axes.imshow(
                 _class_glow(maps[camera]), extent=(0, width, height, 0), interpolation="bilinear", aspect="auto"
             )

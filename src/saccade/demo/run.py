@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,16 +19,18 @@ from rich.table import Table
 import saccade
 from saccade.demo import DemoError
 from saccade.demo.checkpoint import Checkpoint, interrupt_noted
-from saccade.demo.distribution import Ranks, deterministic_algorithms
-from saccade.demo.evaluation import MIN_SCORE, Counts, Detections
+from saccade.demo.distribution import Ranks, chosen_algorithms
+from saccade.demo.evaluation import MIN_SCORE, Counts, Detections, to_be_found
+from saccade.demo.geometry import Sample
 from saccade.demo.journal import Journal, require_tensorboard
+from saccade.demo.loss import heatmap_target
 from saccade.demo.model import Detector, DetectorConfig
 from saccade.demo.nuscenes import DEFAULT_VERSION, NuScenesScenes
 from saccade.demo.plots import draw_birds_eye, draw_cameras, draw_heatmaps
 from saccade.demo.progress import draw_curves, draw_progress
 from saccade.demo.sampling import draw_sampling, recorded, telling_query
 from saccade.demo.scene import IMAGE_WH
-from saccade.demo.train import RealFrame, Recipe, RenderedScenes, Source, Trainer, heatmap_target
+from saccade.demo.train import LEARNING_RATE, RealFrame, Recipe, RenderedScenes, Source, Told, Trainer
 from saccade.doctor import backend
 
 OPERATORS = ("deformable_aggregation", "focal_loss", "gaussian_focal_loss", "gaussian_heatmap")
@@ -43,6 +46,8 @@ SNAPSHOT_SCORE = 0.25
 """Detections of lower scores are not shown there."""
 WARM_UP = 10
 """Steps that the throughput leaves out, if there are twice as many: the first ones compile and fill buffers."""
+GPU_BATCH = 8
+"""Scenes of a step for each GPU, where nothing else is wanted: one alone leaves it idle most of the time."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class DemoOptions:
     evaluate: Path | None = None
     batch: int | None = None
     micro_batch: int | None = None
+    learning_rate: float = LEARNING_RATE
+    mirror: bool = False
     compiled: bool = False
     deterministic: bool = False
     checkpoint: Path | None = None
@@ -78,6 +85,8 @@ class History:
     losses: dict[str, list[float]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     """Of each step."""
+    waiting: list[float] = field(default_factory=list)
+    """Seconds of each step in which there were no samples to learn from."""
     judged: dict[int, Counts] = field(default_factory=dict)
     """On a few held-out samples, by the number of steps made."""
     snapshots: dict[int, list[list[float]]] = field(default_factory=dict)
@@ -98,8 +107,8 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, 
     ranks = Ranks.from_environment()
     console = console or Console(quiet=ranks.index > 0)
     device = _checked_device(options.device, options.amp, ranks)
-    recipe = _checked_recipe(options, ranks)
-    with deterministic_algorithms(options.deterministic), ranks.joined(device):
+    recipe = _checked_recipe(options, device, ranks)
+    with chosen_algorithms(options.deterministic), ranks.joined(device):
         return _run(options, recipe, device, ranks, console)
 
 
@@ -118,9 +127,16 @@ def _run(options: DemoOptions, recipe: Recipe, device: torch.device, ranks: Rank
         f"on {source.trained_on}, on {options.device}" + (f" in {ranks.count} processes." if ranks.count > 1 else ".")
     )
 
-    def evaluated(what: str, exchange_images: bool = False) -> Counts:
+    def evaluated(
+        what: str, exchange_images: bool = False, look: Callable[[Sample], None] = lambda sample: None
+    ) -> Counts:
         with _progress(console, what, len(range(ranks.index, len(source.held_out), ranks.count))) as (progress, task):
-            return trainer.evaluate(exchange_images=exchange_images, done=lambda: progress.advance(task))
+
+            def done(sample: Sample) -> None:
+                progress.advance(task)
+                look(sample)
+
+            return trainer.evaluate(exchange_images=exchange_images, done=done)
 
     history = None
     if saved is not None:
@@ -132,7 +148,8 @@ def _run(options: DemoOptions, recipe: Recipe, device: torch.device, ranks: Rank
         history = History(evaluated("Evaluating, untrained"))
         journal.evaluation(0, "untrained", history.untrained)
     _train(trainer, history, checkpoint, journal, options, console)
-    trained = evaluated("Evaluating, trained")
+    distances: list[np.ndarray] = []
+    trained = evaluated("Evaluating, trained", look=lambda sample: distances.append(distances_to_find(sample)))
     control = evaluated("Evaluating, images exchanged", exchange_images=True)
     journal.evaluation(trainer.step, "trained", trained)
     journal.evaluation(trainer.step, "control", control)
@@ -151,6 +168,7 @@ def _run(options: DemoOptions, recipe: Recipe, device: torch.device, ranks: Rank
         "untrained_recall": history.untrained.recall,
         "control_recall": control.recall,
         "boxes": trained.boxes,
+        **density_and_range(ranks.from_all(distances)),
         "samples": {
             "trained_on": min(trainer.step * recipe.batch, source.training_samples or math.inf),
             "evaluated_on": len(source.held_out),
@@ -165,8 +183,11 @@ def _run(options: DemoOptions, recipe: Recipe, device: torch.device, ranks: Rank
         "seconds": sum(history.seconds),
         "step_ms": 1e3 * median(history.seconds),
         "scenes_per_second": _scenes_per_second(history.seconds[resumed_at:] or history.seconds, recipe.batch),
+        "waiting_share": sum(_steady(history.waiting)) / sum(_steady(history.seconds)),
         "batch": recipe.batch,
         "micro_batch": recipe.micro_batch,
+        "learning_rate": recipe.learning_rate,
+        "mirror": recipe.mirror,
         "ranks": ranks.count,
         "losses": {
             name: {"first": values[0], "last": mean(values[-LAST:]), "curve": [round(value, 5) for value in values]}
@@ -204,11 +225,20 @@ def _train(
     shown = trainer.source.held_out[0]
     kept = snapshot_steps(steps) if trainer.ranks.index == 0 else set()
 
+    def is_judged(step: int) -> bool:
+        return judged_every > 0 and step % judged_every == 0
+
+    def is_looked_at(step: int) -> bool:
+        return step in kept or is_judged(step)
+
+    def is_saved(step: int) -> bool:
+        return checkpoint is not None and step % options.checkpoint_every == 0
+
     def look(step: int) -> None:
         """See how far training has come. Nothing of it is changed by that."""
         if step in kept:
             history.snapshots[step] = _snapshot(trainer.detect(shown)[0])
-        if judged_every and step % judged_every == 0:
+        if is_judged(step):
             history.judged[step] = trainer.evaluate(first=CURVE_SAMPLES)
             journal.evaluation(step, "curve", history.judged[step])
 
@@ -228,19 +258,34 @@ def _train(
     ):
         if trainer.step == 0:
             look(0)
-        before = time.perf_counter()
-        for losses in trainer.train(interrupted):
-            now = time.perf_counter()
-            history.seconds.append(now - before)
+
+        def note(told: Told) -> None:
+            losses = told.losses()
             for name, value in losses.items():
                 history.losses.setdefault(name, []).append(value)
-            journal.step(trainer.step, losses, trainer.last_learning_rate, now - before)
+            journal.step(told.step, losses, told.learning_rate, history.seconds[told.step - 1])
             latest = "  ".join(f"{name} {mean(values[-LAST:]):.2f}" for name, values in history.losses.items())
             progress.update(task, advance=1, note=latest)
-            look(trainer.step)
-            if trainer.step % options.checkpoint_every == 0:
+
+        unread: deque[Told] = deque()
+        before = time.perf_counter()
+        for told in trainer.train(interrupted):
+            pauses = is_looked_at(told.step) or is_saved(told.step)
+            if pauses:
+                told.losses()  # the device, too, is then done with the step
+            now = time.perf_counter()
+            history.seconds.append(now - before)
+            history.waiting.append(told.waited)
+            unread.append(told)
+            # Those of the step that was last begun are left for later: the device need not be done with it.
+            while len(unread) > (0 if pauses else 1):
+                note(unread.popleft())
+            look(told.step)
+            if is_saved(told.step):
                 save()
             before = time.perf_counter()
+        for told in unread:
+            note(told)
         save()
 
 
@@ -278,6 +323,8 @@ def _what_it_is(options: DemoOptions, recipe: Recipe) -> dict[str, Any]:
         "--seed": recipe.seed,
         "--batch": recipe.batch,
         "--micro-batch": recipe.micro_batch,
+        "--learning-rate": recipe.learning_rate,
+        "--mirror": recipe.mirror or None,
         "--amp": recipe.amp,
         "--frame": options.frame and str(options.frame.resolve()),
         "--nuscenes": options.nuscenes and str(options.nuscenes.resolve()),
@@ -287,8 +334,32 @@ def _what_it_is(options: DemoOptions, recipe: Recipe) -> dict[str, Any]:
 
 
 def _scenes_per_second(seconds: list[float], batch: int) -> float:
-    steady = seconds[WARM_UP:] if len(seconds) >= 2 * WARM_UP else seconds
+    steady = _steady(seconds)
     return batch * len(steady) / sum(steady)
+
+
+def _steady(of_steps: list[float]) -> list[float]:
+    return of_steps[WARM_UP:] if len(of_steps) >= 2 * WARM_UP else of_steps
+
+
+def distances_to_find(sample: Sample) -> np.ndarray:
+    """How far away those boxes of a sample are that are to be found, in metres in the ground plane."""
+    x, y = sample.boxes[to_be_found(sample.boxes, sample.labels), :2].T
+    return np.hypot(x, y)
+
+
+def density_and_range(distances: list[list[np.ndarray]]) -> dict[str, Any]:
+    """Of the boxes to be found: how many there are in a scene, and how far away they are.
+
+    Args:
+        distances: What each process has seen: of each of its scenes the distances of its boxes.
+    """
+    scenes = [scene for seen in distances for scene in seen]
+    number, meters = [len(scene) for scene in scenes], np.concatenate(scenes)
+    return {
+        "objects_per_scene": {"min": min(number), "mean": mean(number), "max": max(number)},
+        "range_m": {"min": float(meters.min()), "max": float(meters.max())} if len(meters) else None,
+    }
 
 
 def _source(options: DemoOptions, console: Console) -> Source:
@@ -312,8 +383,8 @@ def _benchmark(trainer: Trainer, source: NuScenesScenes, path: Path, console: Co
 
     def detections() -> Iterator[Detections]:
         with _progress(console, "Writing the results", len(source.held_out)) as (progress, task):
-            for sample in source.held_out:
-                yield trainer.detect(sample)[0]
+            for _, found in trainer.detections(source.held_out):
+                yield found
                 progress.advance(task)
 
     source.write_results(path, detections())
@@ -322,8 +393,10 @@ def _benchmark(trainer: Trainer, source: NuScenesScenes, path: Path, console: Co
     return {"results": str(path), "metrics": metrics}
 
 
-def _checked_recipe(options: DemoOptions, ranks: Ranks) -> Recipe:
-    batch = ranks.count if options.batch is None else options.batch
+def _checked_recipe(options: DemoOptions, device: torch.device, ranks: Ranks) -> Recipe:
+    batch = options.batch
+    if batch is None:
+        batch = ranks.count * (GPU_BATCH if device.type == "cuda" else 1)
     if options.steps < 1:
         raise DemoError(f"--steps: expected at least 1, got {options.steps}")
     if batch < 1 or batch % ranks.count:
@@ -333,9 +406,20 @@ def _checked_recipe(options: DemoOptions, ranks: Ranks) -> Recipe:
     micro_batch = share if options.micro_batch is None else options.micro_batch
     if micro_batch < 1 or share % micro_batch:
         raise DemoError(f"--micro-batch: expected a divisor of {share}, the scenes of a process, got {micro_batch}")
+    if not 0 < options.learning_rate < math.inf:
+        raise DemoError(f"--learning-rate: expected a positive number, got {options.learning_rate}")
     if options.tensorboard is not None:
         require_tensorboard()
-    return Recipe(options.steps, options.seed, batch, micro_batch, options.amp, options.compiled)
+    return Recipe(
+        options.steps,
+        options.seed,
+        batch,
+        micro_batch,
+        options.amp,
+        options.compiled,
+        options.learning_rate,
+        options.mirror,
+    )
 
 
 def _checked_device(name: str, amp: str, ranks: Ranks) -> torch.device:
@@ -361,7 +445,9 @@ def _checked_device(name: str, amp: str, ranks: Ranks) -> torch.device:
                     f"{torch.cuda.device_count()}"
                 )
             device = torch.device("cuda", ranks.local_index)
-            torch.cuda.set_device(device)
+        elif device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.set_device(device)  # page-locked memory is that of the current one
     elif amp == "fp16":
         raise DemoError("--amp fp16 needs a GPU; on the CPU use bf16")
     return device
@@ -427,6 +513,10 @@ def _print_table(console: Console, report: dict[str, Any]) -> None:
         table.add_row("control recall", f"{report['control_recall']:.3f}  with the cameras' images exchanged")
     else:
         table.add_row("recall at 2 m", "there are no boxes to be found")
+    number, meters = report["objects_per_scene"], report["range_m"]
+    if meters is not None:
+        density = f"{number['min']} to {number['max']}, {number['mean']:.1f} on average"
+        table.add_row("boxes in a scene", f"{density}; {meters['min']:.1f} to {meters['max']:.1f} m away")
     if "nuscenes" in report:
         metrics = report["nuscenes"]["metrics"]
         scores = "there are no boxes to be found"
@@ -443,8 +533,11 @@ def _print_table(console: Console, report: dict[str, Any]) -> None:
     table.add_section()
     interrupted = ", interrupted" if report["interrupted"] else ""
     table.add_row("steps", f"{report['steps']} in {report['seconds']:.1f} s, on {report['trained_on']}{interrupted}")
-    table.add_row("step time", f"{report['step_ms']:.1f} ms (median), {report['scenes_per_second']:.1f} scenes/s")
+    waiting = f"{report['waiting_share']:.0%} of the time spent waiting for scenes"
+    speed = f"{report['step_ms']:.1f} ms (median), {report['scenes_per_second']:.1f} scenes/s"
+    table.add_row("step time", f"{speed}, {waiting}")
     how = [f"batch {report['batch']}", f"mixed precision {report['amp']}", f"seed {report['seed']}"]
+    how += ["with mirror images"] if report["mirror"] else []
     how += [name for name in ("compiled", "deterministic") if report[name]]
     table.add_row("training", ", ".join(how))
     processes = f", one of {report['ranks']} processes" if report["ranks"] > 1 else ""

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from saccade.demo.batch import decode_boxes
 from saccade.demo.geometry import Sample, wire_segments
 from saccade.demo.model import DecoderLayer, Detector, Output
 from saccade.demo.plots import (
@@ -28,7 +29,6 @@ from saccade.demo.plots import (
     show_image,
     write_in_corner,
 )
-from saccade.demo.train import decode_boxes
 from saccade.nn import DeformableFeatureAggregation
 
 SHADES = mpl.colormaps["plasma"]

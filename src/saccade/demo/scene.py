@@ -1,30 +1,56 @@
-"""Rendered scenes: a six-camera rig on a road among solid boxes, ray-cast in closed form.
+"""Rendered scenes: a six-camera rig on a street among cars, trucks, people and barriers, ray-cast in closed form.
 
-Everything about a scene is random and drawn from a seed: places, headings, sizes, paint, light, ground, sky. So
-nothing about it can be known but through its images. Training and held-out scenes come from disjoint streams of seeds.
+Everything about a scene is random and drawn from a seed: places, headings, sizes, paint, light, ground, houses, trees,
+what else stands about, how the cameras are mounted, and which way the axes of the coordinates point. So nothing about
+it can be known but through its images. Training and held-out scenes come from disjoint streams of seeds.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from saccade.demo.geometry import NEAR, Sample, box_corners, project, yaw_rotation
-
-CLASS_NAMES = ("car", "truck", "pedestrian", "barrier")
-# length, width, height in metres: mean and half-range of a uniform distribution
-SIZES = np.array(
-    [
-        [(4.5, 0.5), (1.9, 0.15), (1.6, 0.15)],
-        [(8.0, 1.5), (2.6, 0.25), (3.2, 0.4)],
-        [(0.7, 0.15), (0.7, 0.15), (1.75, 0.15)],
-        [(0.6, 0.1), (2.2, 0.3), (1.0, 0.1)],
-    ]
+from saccade.demo.geometry import NEAR, Sample, box_corners, turned, yaw_rotation
+from saccade.demo.paint import Painted, random_paint
+from saccade.demo.solids import (
+    BARRIER,
+    BUSH,
+    CAR,
+    CLASS_NAMES,
+    LAMP,
+    SIGN,
+    SIZES,
+    TREE,
+    TRUCK,
+    Solid,
+    in_shade,
+    meet,
+    random_parts,
 )
-FREQUENCIES = (0.4, 0.15, 0.25, 0.2)
+from saccade.demo.surroundings import (
+    Light,
+    Street,
+    lining_depth,
+    random_light,
+    random_street,
+    shade_ground,
+    shade_lining,
+    shade_sky,
+)
+
+FREQUENCIES = (0.35, 0.18, 0.27, 0.2)
 OBJECTS = (12, 24)
 """Least and greatest number of boxes in a scene."""
 RANGE = (4.5, 28.0)
 """Metres in the ground plane within which box centres lie."""
+ON_STREET = (
+    (1, 0.05), (1, 0.02), (0.4, 1), (0.8, 0.4), (0, 1), (0, 1), (0, 1), (0, 1), (0.02, 1), (1, 0.2), (0.02, 1),
+)  # fmt: skip
+"""Of each kind, how likely a place on the carriageway is taken, and one beside it."""
+CLUTTER = (3, 9)
+"""Least and greatest number of things of no class."""
+CLUTTER_RANGE = (4.5, 45.0)
 GROUND_Z = -1.84
 
 IMAGE_WH = (352, 128)
@@ -41,6 +67,8 @@ RIG = (
 )
 HORIZON = 0.3
 """Image row of the horizon as a fraction of the height; what lies above is mostly sky and cut away."""
+JITTER = {"angles": (2.0, 0.3, 0.3), "position": 0.05, "focal": 0.02}
+"""Greatest deviations of a camera: yaw, pitch, roll in degrees; metres along each axis; share of the focal length."""
 
 VISIBLE_PIXELS = 15
 VISIBLE_SHARE = 0.25
@@ -48,78 +76,117 @@ VISIBLE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
-class World:
-    """What is in a scene, without cameras."""
+class Camera:
+    """How one camera is mounted, and what it makes of light."""
 
-    boxes: np.ndarray  # (M, 7), see `Sample`
-    labels: np.ndarray  # (M,)
-    paint: np.ndarray  # (M, 2, 3) main and second colour
-    sun: np.ndarray  # (3,) unit vector towards the light
-    light: np.ndarray  # (3,) its colour
-    ambient: float
-    sky: np.ndarray  # (2, 3) at the horizon, overhead
-    ground: np.ndarray  # (3,)
-    waves: np.ndarray  # (3, 4) of the ground's texture: wave vector x, y, phase, amplitude
-    lane: np.ndarray  # (4,) cosine and sine of their heading, offset and spacing of the lane markings
+    angles: np.ndarray  # (3,) radians: yaw to the left, pitch up, roll
+    position: np.ndarray  # (3,)
+    focal: float  # as a fraction of the image width
+    gain: np.ndarray  # (3,) exposure and white balance
+
+
+@dataclass(frozen=True)
+class World:
+    """What is in a scene, and the cameras that see it, in the frame of the vehicle: x to its right, y ahead."""
+
+    solids: tuple[Solid, ...]  # those with a class first: the boxes
+    light: Light
+    street: Street
+    rig: tuple[Camera, ...]
+    noise: float
     noise_seed: int
+    turn: float  # radians by which the coordinates of the sample are turned
+
+    @property
+    def boxes(self) -> np.ndarray:
+        """(M, 7) of those with a class, see `Sample`."""
+        return np.array([s.box for s in self.solids if s.kind < len(CLASS_NAMES)], np.float32).reshape(-1, 7)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(M,) their classes."""
+        return np.array([s.kind for s in self.solids if s.kind < len(CLASS_NAMES)], dtype=np.int64)
 
 
 def random_world(rng: np.random.Generator) -> World:
-    """A scene of boxes that do not overlap, standing on the ground."""
-    boxes, labels = [], []
-    for label in rng.choice(len(CLASS_NAMES), size=rng.integers(OBJECTS[0], OBJECTS[1] + 1), p=FREQUENCIES):
-        size = SIZES[label, :, 0] + SIZES[label, :, 1] * rng.uniform(-1, 1, 3)
-        for _ in range(20):
-            distance, azimuth = rng.uniform(*RANGE), rng.uniform(-np.pi, np.pi)
-            x, y = distance * np.cos(azimuth), distance * np.sin(azimuth)
-            reach = np.hypot(size[0], size[1]) / 2
-            free = all(np.hypot(x - b[0], y - b[1]) > reach + np.hypot(b[3], b[4]) / 2 for b in boxes)
-            if free and distance - reach > 1.5:
-                boxes.append([x, y, GROUND_Z + size[2] / 2, *size, rng.uniform(-np.pi, np.pi)])
-                labels.append(label)
-                break
-    labels = np.array(labels, dtype=np.int64)
-    elevation, azimuth = rng.uniform(0.4, 1.3), rng.uniform(-np.pi, np.pi)
-    sun = np.array([np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)])
-    waves = np.stack([rng.normal(0, 1.2, 3), rng.normal(0, 1.2, 3), rng.uniform(0, 6.3, 3), rng.uniform(0, 0.05, 3)], 1)
-    heading = rng.uniform(0, np.pi)
-    grey = rng.uniform(0.55, 0.85)
+    """A street with solids that do not overlap, standing on the ground."""
+    street = random_street(rng)
+    solids: list[Solid] = []
+    kinds = rng.choice(len(CLASS_NAMES), size=rng.integers(OBJECTS[0], OBJECTS[1] + 1), p=FREQUENCIES)
+    others = rng.choice(np.arange(len(CLASS_NAMES), len(SIZES)), size=rng.integers(CLUTTER[0], CLUTTER[1] + 1))
+    for kind in (*kinds.tolist(), *others.tolist()):
+        _place(rng, kind, street, solids)
     return World(
-        boxes=np.array(boxes, dtype=np.float32).reshape(-1, 7),
-        labels=labels,
-        paint=_random_paint(rng, labels),
-        sun=sun.astype(np.float32),
-        light=(rng.uniform(0.5, 0.8) * np.array([1.0, rng.uniform(0.9, 1.0), rng.uniform(0.8, 1.0)])).astype(
-            np.float32
-        ),
-        ambient=rng.uniform(0.35, 0.6),
-        sky=np.array([[grey + 0.05, grey + 0.06, grey + 0.08], [grey - 0.3, grey - 0.15, grey + 0.1]], np.float32),
-        ground=(rng.uniform(0.28, 0.5) + rng.uniform(-0.03, 0.03, 3)).astype(np.float32),
-        waves=waves.astype(np.float32),
-        lane=np.array([np.cos(heading), np.sin(heading), rng.uniform(0, 4), rng.uniform(3.2, 4.5)], np.float32),
+        solids=tuple(solids),
+        light=random_light(rng),
+        street=street,
+        rig=random_rig(rng),
+        noise=rng.uniform(0.008, 0.022),
         noise_seed=int(rng.integers(2**31)),
+        turn=rng.uniform(-np.pi, np.pi),
     )
 
 
-def _random_paint(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
-    """Main and second colour of each box, (M, 2, 3)."""
-    paint = rng.uniform(0.08, 0.95, (len(labels), 2, 3))  # cars and clothes may have any colour
-    truck, barrier = labels == 1, labels == 3
-    paint[truck, 0] = rng.uniform(0.55, 0.95, (truck.sum(), 1)) + rng.uniform(-0.08, 0.08, (truck.sum(), 3))
-    paint[barrier, 0] = np.array([0.85, 0.3, 0.12]) + rng.uniform(-0.1, 0.1, (barrier.sum(), 3))
-    paint[barrier, 1] = rng.uniform(0.8, 0.95, (barrier.sum(), 1))
-    return paint.clip(0, 1).astype(np.float32)
+def _place(rng: np.random.Generator, kind: int, street: Street, solids: list[Solid]) -> None:
+    """Put one more solid where it may stand, if a place is found."""
+    size = SIZES[kind, :, 0] + SIZES[kind, :, 1] * rng.uniform(-1, 1, 3)
+    reach = np.hypot(size[0], size[1]) / 2
+    taken = np.array([[*s.box[:2], np.hypot(s.box[3], s.box[4]) / 2] for s in solids]).reshape(-1, 3)
+    distance = rng.uniform(*(RANGE if kind < len(CLASS_NAMES) else CLUTTER_RANGE), 60)
+    azimuth = rng.uniform(-np.pi, np.pi, 60)
+    x, y = distance * np.cos(azimuth), distance * np.sin(azimuth)
+    across = np.abs(street.coordinates(x, y)[1])
+    beyond = across - street.half_width
+    fits = (across < street.reach - 0.5 - reach) & (distance - reach > 1.5)
+    fits &= (np.hypot(taken[:, :1] - x, taken[:, 1:2] - y) > taken[:, 2:] + reach).all(0)
+    on, off = ON_STREET[kind]
+    fits &= rng.uniform(0, 1, 60) < np.where(beyond < -0.4 * reach, on, off)
+    if kind in (TREE, BUSH, LAMP, SIGN):
+        fits &= beyond > (0.3 if kind in (LAMP, SIGN) else reach)
+    if fits.any():
+        first = fits.argmax()
+        box = np.array([x[first], y[first], GROUND_Z + size[2] / 2, *size, _yaw(rng, kind, street)])
+        solids.append(random_solid(rng, kind, box))
 
 
-def rig_cameras(image_wh: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Intrinsics (N, 3, 3) in pixels and lidar-to-camera transforms (N, 4, 4) of the rig."""
+def _yaw(rng: np.random.Generator, kind: int, street: Street) -> float:
+    """Most vehicles and barriers go with the street."""
+    if kind in (CAR, TRUCK, BARRIER) and rng.random() < 0.7:
+        quarter = rng.integers(4) if kind == BARRIER else 2 * rng.integers(2)
+        return street.heading + quarter * np.pi / 2 + rng.normal(0, 0.08)
+    return rng.uniform(-np.pi, np.pi)
+
+
+def random_solid(rng: np.random.Generator, kind: int, box: np.ndarray) -> Solid:
+    """A thing of a kind that fills a box."""
+    box = box.astype(np.float32)
+    return Solid(kind, box, random_parts(rng, kind, box[3:6]), random_paint(rng, kind), rng.random())
+
+
+def random_rig(rng: np.random.Generator) -> tuple[Camera, ...]:
+    """The cameras of `RIG`, each mounted a little differently."""
+    cameras = []
+    for yaw, position, focal in RIG:
+        angles = np.radians((yaw, 0, 0)) + np.radians(JITTER["angles"]) * rng.uniform(-1, 1, 3)
+        gain = rng.uniform(0.88, 1.12) * (1 + rng.uniform(-0.03, 0.03, 3))
+        place = np.array(position) + JITTER["position"] * rng.uniform(-1, 1, 3)
+        cameras.append(Camera(angles, place, focal * (1 + JITTER["focal"] * rng.uniform(-1, 1)), gain))
+    return tuple(cameras)
+
+
+def calibration(rig: tuple[Camera, ...], image_wh: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Intrinsics (N, 3, 3) in pixels and transforms (N, 4, 4) from the vehicle's frame to the cameras'."""
     width, height = image_wh
     intrinsics, extrinsics = [], []
-    for yaw, position, focal in RIG:
-        intrinsics.append([[focal * width, 0, width / 2], [0, focal * width, HORIZON * height], [0, 0, 1]])
-        # Rows: the camera's axes (right, down, forward) in the lidar frame.
-        axes = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]]) @ yaw_rotation(np.radians(yaw)).T
-        extrinsics.append(np.block([[axes, -axes @ np.array(position)[:, None]], [np.zeros((1, 3)), np.ones((1, 1))]]))
+    for camera in rig:
+        yaw, pitch, roll = camera.angles.tolist()
+        intrinsics.append(
+            [[camera.focal * width, 0, width / 2], [0, camera.focal * width, HORIZON * height], [0, 0, 1]]
+        )
+        # Rows: the camera's axes (right, down, forward) in the vehicle's frame.
+        axes = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]]) @ yaw_rotation(yaw).T
+        axes = yaw_rotation(roll) @ yaw_rotation(pitch)[[2, 0, 1]][:, [2, 0, 1]] @ axes
+        extrinsics.append(np.block([[axes, -axes @ camera.position[:, None]], [np.zeros((1, 3)), np.ones((1, 1))]]))
     return np.array(intrinsics, dtype=np.float64), np.array(extrinsics)
 
 
@@ -127,146 +194,170 @@ def rig_cameras(image_wh: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 class View:
     """What one camera sees."""
 
-    image: np.ndarray  # (H, W, 3) in [0, 1]
-    box: np.ndarray  # (H, W) index of the box at each pixel, -1 for none
+    image: np.ndarray  # (3, H, W) uint8
+    solid: np.ndarray  # (H, W) index of the solid at each pixel, -1 for none
     depth: np.ndarray  # (H, W) metres along the optical axis, infinite for the sky
-    pixels: np.ndarray  # (M,) pixels in which each box is seen
-    outline: np.ndarray  # (M,) pixels in which it would be seen if no other box stood before it
+    pixels: np.ndarray  # (S,) pixels in which each solid is seen
+    outline: np.ndarray  # (S,) pixels in which it would be seen if nothing else stood before it
+    sunny: np.ndarray  # (H, W) share of the sun that falls on the ground there, were the ground to be seen
 
 
-def render_view(world: World, intrinsics: np.ndarray, lidar2cam: np.ndarray, image_wh: tuple[int, int]) -> View:
+def render_view(
+    world: World, painted: Painted, camera: Camera, intrinsics: np.ndarray, extrinsics: np.ndarray,
+    image_wh: tuple[int, int], noise: list[np.ndarray],
+) -> View:  # fmt: skip
     """Cast one ray through the centre of every pixel and shade what it meets first."""
     width, height = image_wh
-    axes, origin = lidar2cam[:3, :3], -lidar2cam[:3, :3].T @ lidar2cam[:3, 3]
+    axes, origin = extrinsics[:3, :3], -extrinsics[:3, :3].T @ extrinsics[:3, 3]
     u, v = np.arange(width, dtype=np.float32) + 0.5, np.arange(height, dtype=np.float32)[:, None] + 0.5
     # (3, H, W), of depth 1 along the optical axis
-    rays = np.stack([a * u + b * v + c for a, b, c in (axes.T @ np.linalg.inv(intrinsics)).astype(np.float32)])
+    across, down, ahead = (axes.T @ np.linalg.inv(intrinsics)).astype(np.float32).T[..., None, None]
+    rays = across * u + (down * v + ahead)
     with np.errstate(divide="ignore"):
-        depth = np.where(rays[2] < 0, np.float32(GROUND_Z - origin[2]) / rays[2], np.float32(np.inf))
-    hit = np.full((height, width), -1, dtype=np.int32)
+        ground = np.where(rays[2] < 0, np.float32(GROUND_Z - origin[2]) / rays[2], np.float32(np.inf))
+    depth = ground.copy()
+    solid, part = np.full((height, width), -1, dtype=np.int16), np.full((height, width), -1, dtype=np.int16)
+    outline = np.zeros(len(world.solids), dtype=np.int64)
+    to_pixels = intrinsics @ extrinsics[:3]
+    corners = box_corners(np.array([s.box for s in world.solids]))
+    for index, window in _windows(corners, to_pixels, image_wh):
+        thing = world.solids[index]
+        along = _in_frame(thing, rays[(slice(None), *window)])
+        start = _in_frame(thing, (origin - (*thing.box[:2], GROUND_Z)).astype(np.float32))
+        far, which = meet(start, along, thing.parts)
+        outline[index] = np.isfinite(far).sum()
+        nearer = far < depth[window]
+        solid[window][nearer] = index
+        part[window][nearer] = which[nearer] + painted.first[index]
+        depth[window][nearer] = far[nearer]
+    seen = np.bincount(solid[solid >= 0], minlength=len(world.solids))
 
-    projection = np.eye(4)
-    projection[:3] = intrinsics @ lidar2cam[:3]
-    corners, corner_depth = project(box_corners(world.boxes), projection)  # (M, 8, 2), (M, 8)
-    outline = np.zeros(len(world.boxes), dtype=np.int64)
-    for index, box in enumerate(world.boxes):
-        if (corner_depth[index] < NEAR).all():
-            continue
-        # Only the rays within the rectangle around the corners can meet the box, unless a corner is behind the camera.
-        low, high = np.zeros(2, dtype=int), np.array([width, height])
-        if (corner_depth[index] >= NEAR).all():
-            low = np.clip(np.floor(corners[index].min(0)).astype(int), 0, high)
-            high = np.clip(np.ceil(corners[index].max(0)).astype(int), 0, high)
-        if (low >= high).any():
-            continue
-        window = slice(low[1], high[1]), slice(low[0], high[0])
-        enter, leave = _through_box(origin, rays[(slice(None), *window)], box)
-        met = (enter < leave) & (enter > NEAR)
-        outline[index] = met.sum()
-        nearer = met & (enter < depth[window])
-        hit[window][nearer] = index
-        depth[window][nearer] = enter[nearer]
+    points = origin[:2].astype(np.float32)[:, None, None] + np.minimum(ground, 1e4) * rays[:2]
+    sunny, open_ = _shadows(world, corners, points, to_pixels, image_wh)
 
-    seen = np.bincount(hit[hit >= 0], minlength=len(world.boxes))
-    image = np.random.default_rng(world.noise_seed).standard_normal((height * width, 3), dtype=np.float32)
-    image *= 0.012  # the sensor's noise, on which the picture is laid
-    flat_rays, flat_hit, flat_depth = rays.reshape(3, -1), hit.ravel(), depth.ravel()
-    sky = np.isinf(flat_depth)
-    up = np.flatnonzero(sky)
-    image[up] += _shade_sky(world, flat_rays[:, up].T)
-    for solid, shade in ((flat_hit >= 0, _shade_boxes), ((flat_hit < 0) & ~sky, _shade_ground)):
-        pixel = np.flatnonzero(solid)
-        far = flat_depth[pixel]
-        color = shade(world, origin.astype(np.float32) + (flat_rays[:, pixel] * far).T, flat_hit[pixel])
-        haze = 1 - np.exp(-np.minimum(far, 200) / 110)[:, None]
-        image[pixel] += color + haze * (world.sky[0] - color)
-    return View(image.clip(0, 1).reshape(height, width, 3), hit, depth, seen, outline)
-
-
-def _through_box(origin: np.ndarray, rays: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where rays (3, ...) enter and leave a box (7,), in units of the ray; one that misses leaves before it enters."""
-    turn = yaw_rotation(box[6])
-    start = (origin - box[:3]) @ turn
-    local = (turn[0, 0] * rays[0] + turn[1, 0] * rays[1], turn[0, 1] * rays[0] + turn[1, 1] * rays[1], rays[2])
-    enter, leave = np.float32(-np.inf), np.float32(np.inf)
-    for begin, along, half in zip(start.astype(np.float32), local, box[3:6] / 2, strict=True):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            one, other = (-half - begin) / along, (half - begin) / along
-        enter = np.maximum(enter, np.minimum(one, other))
-        leave = np.minimum(leave, np.maximum(one, other))
-    return np.asarray(enter), np.asarray(leave)
-
-
-def _shade_sky(world: World, rays: np.ndarray) -> np.ndarray:
-    """Colours (K, 3) of the sky in directions (K, 3)."""
-    rise = np.clip(3 * rays[:, 2] / np.sqrt(rays[:, 0] ** 2 + rays[:, 1] ** 2 + rays[:, 2] ** 2), 0, 1)[:, None]
-    return world.sky[0] + rise * (world.sky[1] - world.sky[0])
-
-
-def _shade_ground(world: World, points: np.ndarray, _: np.ndarray) -> np.ndarray:
-    """Colours (K, 3) of points (K, 3) on the ground: texture, lane markings, little light right beside the boxes."""
-    x, y = points[:, 0], points[:, 1]
-    distance = np.hypot(x, y)
-    texture = sum(a * np.sin(kx * x + ky * y + phase) for kx, ky, phase, a in world.waves)
-    light = 1 + texture / (1 + distance / 15)
-    for box in world.boxes:
-        near = np.flatnonzero(np.abs(x - box[0]) + np.abs(y - box[1]) < box[3] + box[4] + 1)
-        local = np.abs((points[near, :2] - box[:2]) @ yaw_rotation(box[6])[:2, :2])
-        gap = np.hypot(*np.maximum(local - box[3:5] / 2, 0).T)
-        light[near] *= 1 - 0.55 * np.exp(-gap / 0.25)
-    ground = world.ground * (world.light * world.sun[2] + world.ambient) * light[:, None]
-    cos, sin, offset, spacing = world.lane
-    line = ((x * sin - y * cos + offset) % spacing < 0.15) & ((x * cos + y * sin) % 6 < 3.5)
-    ground[line] = 0.5 * ground[line] + 0.4
-    return ground
-
-
-def _shade_boxes(world: World, points: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Colours (K, 3) of points (K, 3) on boxes `index` (K,): paint by class and place on the box, Lambert by face."""
-    boxes, kind = world.boxes[index], world.labels[index]
-    turn = yaw_rotation(boxes[:, 6])
-    local = np.einsum("kij,ki->kj", turn, points - boxes[:, :3]) / (
-        boxes[:, 3:6] / 2
-    )  # -1 to 1 on each axis of the box
-    x, y, z = local.T
-    axis = np.abs(local).argmax(-1)
-    side, end = axis == 1, axis == 0
-    color, second = world.paint[index, 0].copy(), world.paint[index, 1]
-
-    def cover(where: np.ndarray, with_color: np.ndarray | tuple[float, float, float]) -> None:
-        color[where] = np.broadcast_to(with_color, color.shape)[where]
-
-    car, truck, pedestrian, barrier = (kind == k for k in range(4))
-    cover(car & (side | end) & (z > 0.2) & (z < 0.85) & ((np.abs(x) < 0.75) | end), (0.1, 0.13, 0.17))
-    cover(truck & (x > 0.55), second)
-    cover(truck & (x > 0.55) & (side | end) & (z > 0.0) & (z < 0.6) & ((x < 0.9) | end), (0.1, 0.13, 0.17))
-    cover((car | truck) & side & (z < -0.5) & (np.abs(np.abs(x) - 0.62) < np.where(car, 0.15, 0.1)), (0.04, 0.04, 0.04))
-    lamps = (car | truck) & end & (np.abs(y) > 0.55) & (z > -0.45) & (z < -0.1)
-    cover(lamps & (x > 0), (1.0, 0.97, 0.8))
-    cover(lamps & (x < 0), (0.8, 0.05, 0.05))
-    cover(pedestrian & (z < 0.0), second)
-    cover(pedestrian & (z > 0.72), (0.8, 0.6, 0.48))
-    cover(barrier & (np.floor(y * 2.5) % 2 == 0), second)
-
-    normal = np.take_along_axis(turn, axis[:, None, None], 2)[..., 0] * np.sign(
-        np.take_along_axis(local, axis[:, None], 1)
+    pixel = 1 / float(intrinsics[0, 0])
+    image = np.empty((3, height * width), dtype=np.float32)
+    flat_rays, flat_depth, flat_part = rays.reshape(3, -1), depth.ravel(), part.ravel()
+    # No ray is more than 45 degrees off the optical axis.
+    free = np.flatnonzero((flat_part < 0) & (flat_depth > 0.7 * (world.street.reach - world.street.half_width)))
+    lined, side, s, z = lining_depth(world.street, origin, flat_rays[:, free], GROUND_Z)
+    met = lined < flat_depth[free]
+    wall = free[met]
+    flat_depth[wall] = lined[met]
+    image[:, wall] = shade_lining(world.street, world.light, side[met], s[met], z[met], lined[met], pixel)
+    flat_part[wall] = -2
+    up = np.flatnonzero(np.isinf(flat_depth))
+    image[:, up] = shade_sky(world.street, world.light, flat_rays[:, up], pixel)
+    low = np.flatnonzero((flat_part == -1) & np.isfinite(flat_depth))
+    x, y = points.reshape(2, -1)[:, low]
+    image[:, low] = shade_ground(
+        world.street, world.light, x, y, flat_depth[low], pixel, sunny.ravel()[low], open_.ravel()[low]
     )
-    lambert = np.maximum(normal @ world.sun, 0)[:, None]
-    return color * (world.ambient + world.light * lambert)
+    hit = np.flatnonzero(flat_part >= 0)
+    where = origin.astype(np.float32)[:, None] + flat_rays[:, hit] * flat_depth[hit]
+    image[:, hit] = painted.shade(flat_part[hit], where, world.light)
+
+    air = 1 - np.exp(np.minimum(flat_depth, 2000) * np.float32(-world.light.haze))
+    air[up] = 0
+    radius = np.square((u - width / 2) / width) + np.square((v - height / 2) / width)
+    vignette = 255 * np.sqrt(1 - 0.9 * radius).ravel()
+    root_gain = np.sqrt(camera.gain).astype(np.float32)
+    for c in range(3):
+        plane = image[c]
+        plane += air * (world.light.sky[0, c] - plane)
+        # After a square root, which is nearly how displays show it, the noise of light is the same everywhere.
+        np.sqrt(plane, out=plane)
+        plane *= vignette * root_gain[c]
+        plane += noise[c]
+    image = np.clip(image, 0, 255, out=image).astype(np.uint8).reshape(3, height, width)
+    return View(image, solid, depth, seen, outline, sunny)
+
+
+def _in_frame(solid: Solid, vectors: Any) -> tuple[Any, Any, Any]:
+    """Vectors (3, ...) in the frame of a solid."""
+    cos, sin = np.float32(np.cos(solid.box[6])), np.float32(np.sin(solid.box[6]))
+    return cos * vectors[0] + sin * vectors[1], cos * vectors[1] - sin * vectors[0], vectors[2]
+
+
+def _windows(
+    points: np.ndarray, to_pixels: np.ndarray, image_wh: tuple[int, int]
+) -> Iterator[tuple[int, tuple[slice, slice]]]:
+    """The pixels within which the hulls of points (S, P, 3) must appear: index and slices of rows and columns."""
+    width, height = image_wh
+    places = points @ to_pixels[:, :3].T + to_pixels[:, 3]  # (S, P, 3): u * depth, v * depth, depth
+    u, v, depth = np.moveaxis(places, -1, 0)
+    # All on the far side of one face of the pyramid that the camera sees, also if some are behind it.
+    outside = (
+        (depth < NEAR).all(1)
+        | (u < 0).all(1) | (u > width * depth).all(1)
+        | (v < 0).all(1) | (v > height * depth).all(1)
+    )  # fmt: skip
+    pixels = places[..., :2] / np.maximum(depth, NEAR)[..., None]
+    before = (depth >= NEAR).all(1)[:, None]
+    low = np.where(before, np.floor(pixels.min(1)).clip(0, image_wh), 0).astype(int)
+    high = np.where(before, np.ceil(pixels.max(1)).clip(0, image_wh), image_wh).astype(int)
+    for index in np.flatnonzero(~outside & (low < high).all(1)).tolist():
+        (left, top), (right, bottom) = low[index].tolist(), high[index].tolist()
+        yield index, (slice(top, bottom), slice(left, right))
+
+
+def _shadows(
+    world: World, corners: np.ndarray, points: np.ndarray, to_pixels: np.ndarray, image_wh: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of the sun and of the sky that ground points (2, H, W) see past the solids with corners (S, 8, 3)."""
+    sunny, open_ = (np.ones(points.shape[1:], dtype=np.float32) for _ in range(2))
+    toward = world.light.sun_direction
+    feet = corners[:, :4].copy()
+    feet[..., 2] = GROUND_Z
+    if world.light.sun.max() > 0.03:
+        # Where the sun's rays through the upper corners meet the ground.
+        cast = corners[:, 4:] + (GROUND_Z - corners[:, 4:, 2:]) / toward[2] * toward
+        for index, window in _windows(np.concatenate([feet, cast], 1), to_pixels, image_wh):
+            thing = world.solids[index]
+            x, y = (p[window] - place for p, place in zip(points, thing.box[:2], strict=True))
+            start = _in_frame(thing, (x, y, np.float32(0)))
+            sunny[window][in_shade(start, _in_frame(thing, toward), thing.parts)] = 0
+    around = feet.copy()
+    middle = around.mean(1, keepdims=True)
+    around += 1.0 * (around - middle) / np.linalg.norm(around - middle, axis=2, keepdims=True)
+    for index, window in _windows(around, to_pixels, image_wh):
+        thing = world.solids[index]
+        if thing.kind in (TREE, LAMP, SIGN):
+            continue
+        x, y = (p[window] - place for p, place in zip(points, thing.box[:2], strict=True))
+        along, across, _ = _in_frame(thing, (x, y, np.float32(0)))
+        out_x, out_y = np.maximum(np.abs(along) - thing.box[3] / 2, 0), np.maximum(np.abs(across) - thing.box[4] / 2, 0)
+        open_[window] *= 1 - np.float32(0.7) / (1 + 12 * (out_x * out_x + out_y * out_y))
+    return sunny, open_
 
 
 def render(world: World, image_wh: tuple[int, int] = IMAGE_WH) -> tuple[Sample, list[View]]:
     """The six images of a scene, with its boxes labelled; boxes that nobody can see have label -1."""
-    intrinsics, lidar2cam = rig_cameras(image_wh)
-    views = [render_view(world, k, m, image_wh) for k, m in zip(intrinsics, lidar2cam, strict=True)]
+    intrinsics, extrinsics = calibration(world.rig, image_wh)
+    painted = Painted(list(world.solids), GROUND_Z)
+    width, height = image_wh
+    rng = np.random.default_rng(world.noise_seed)
+    grains = np.float32(255 * world.noise) * rng.standard_normal(2 * height * width, dtype=np.float32)
+    noise = [
+        [grains[i : i + height * width] for i in row] for row in rng.integers(0, height * width, (len(world.rig), 3))
+    ]
+    views = [
+        render_view(world, painted, camera, k, m, image_wh, n)
+        for camera, k, m, n in zip(world.rig, intrinsics, extrinsics, noise, strict=True)
+    ]
     projection = np.tile(np.eye(4, dtype=np.float32), (len(views), 1, 1))
-    projection[:, :3] = intrinsics @ lidar2cam[:, :3]
+    projection[:, :3] = intrinsics @ extrinsics[:, :3]
+    boxes = len(world.labels)
     # Pixels are counted as if the image had the usual size, so that a larger picture of a scene has the same labels.
     scale = IMAGE_WH[0] * IMAGE_WH[1] / (image_wh[0] * image_wh[1])
-    seen = [(v.pixels * scale >= VISIBLE_PIXELS) & (v.pixels >= VISIBLE_SHARE * v.outline) for v in views]
+    seen = [
+        (v.pixels[:boxes] * scale >= VISIBLE_PIXELS) & (v.pixels[:boxes] >= VISIBLE_SHARE * v.outline[:boxes])
+        for v in views
+    ]
     labels = np.where(np.any(seen, axis=0), world.labels, -1)
-    images = np.stack([v.image for v in views]).transpose(0, 3, 1, 2)
-    return Sample(images, projection, world.boxes, labels, CLASS_NAMES, CAMERA_NAMES), views
+    images = np.stack([v.image for v in views])
+    sample = Sample(images, projection, world.boxes, labels, CLASS_NAMES, CAMERA_NAMES)
+    return turned(sample, world.turn), views
 
 
 def scene(seed: int, split: str, index: int, image_wh: tuple[int, int] = IMAGE_WH) -> Sample:

@@ -1,228 +1,40 @@
-"""Targets, losses, training and evaluation of the demo's detector."""
+"""Training and evaluation of the demo's detector, and where its samples come from."""
 
 import math
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-import saccade
 from saccade.demo import DemoError, SampleError
-from saccade.demo.ahead import made_ahead
+from saccade.demo.ahead import OnItsWay, made_ahead
+from saccade.demo.batch import Batch, Objects, decode_boxes, make_batch
 from saccade.demo.distribution import ALONE, Ranks
 from saccade.demo.evaluation import MAX_RANGE, Counts, Detections, match
 from saccade.demo.frame import load_frame
-from saccade.demo.geometry import Sample, box_corners, project, turned
+from saccade.demo.geometry import Sample, mirrored, turned
+from saccade.demo.loss import DetectionLoss
 from saccade.demo.model import Detector, Output
 from saccade.demo.scene import CAMERA_NAMES, CLASS_NAMES, scene
-from saccade.nn import FocalLoss
 
-
-def encode_boxes(boxes: np.ndarray) -> np.ndarray:
-    """Boxes (M, 7) in the anchor layout (M, 11); nothing is known about velocities, they stay 0."""
-    encoded = np.zeros((len(boxes), 11), dtype=np.float32)
-    encoded[:, :3] = boxes[:, :3]
-    encoded[:, 3:6] = np.log(boxes[:, 3:6])
-    encoded[:, 6], encoded[:, 7] = np.sin(boxes[:, 6]), np.cos(boxes[:, 6])
-    return encoded
-
-
-def decode_boxes(anchors: np.ndarray) -> np.ndarray:
-    """Anchors (M, 11) as boxes (M, 7)."""
-    return np.concatenate(
-        [anchors[:, :3], np.exp(anchors[:, 3:6].clip(-5, 5)), np.arctan2(anchors[:, 6:7], anchors[:, 7:8])], 1
-    )
-
-
-class Objects(NamedTuple):
-    """How many objects there are to learn from; losses are divided by these numbers."""
-
-    matched: int
-    """Boxes that get an anchor, with a given number of anchors."""
-    centers: int
-    """Centres of boxes in images."""
-    peaks: int
-    """Cells of heatmaps with a centre in them."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples as tensors. Letters: B batch, N cameras, M boxes of a sample or image."""
-
-    images: Tensor  # (B, N, 3, H, W)
-    projection: Tensor  # (B, N, 4, 4)
-    boxes: saccade.RaggedBatch  # (B, M, 11)
-    labels: saccade.RaggedBatch  # (B, M); negative: ignored
-    centers: saccade.RaggedBatch  # (B * N, M, 2) int32, cells of the heatmap
-    radii: saccade.RaggedBatch  # (B * N, M) int32
-    center_labels: saccade.RaggedBatch  # (B * N, M) int32
-    lifts: saccade.RaggedBatch  # (B * N, M, 3)
-    num_centers: int
-    num_peaks: int
-
-    def objects(self, num_anchors: int) -> Objects:
-        """How many there are, counted without waiting for the device."""
-        boxes = (self.labels.tensor >= 0) & self.labels.mask
-        return Objects(int(boxes.sum(1).clamp(max=num_anchors).sum()), self.num_centers, self.num_peaks)
-
-
-def make_batch(samples: Sequence[Sample], device: torch.device, stride: int) -> Batch:
-    """Put samples of equal image size together, on a device."""
-    centers, radii, labels, lifts = zip(*(t for s in samples for t in heatmap_objects(s, stride)), strict=True)
-
-    def on_device(tensor: Tensor) -> Tensor:
-        if device.type == "cuda":
-            return tensor.pin_memory().to(device, non_blocking=True)
-        return tensor
-
-    def ragged(tensors: Sequence[np.ndarray], like: saccade.RaggedBatch | None = None) -> saccade.RaggedBatch:
-        return saccade.ragged.combine_data([torch.from_numpy(t) for t in tensors], like)
-
-    boxes = ragged([encode_boxes(s.boxes) for s in samples])
-    cells = ragged(centers)
-    return Batch(
-        images=on_device(torch.from_numpy(np.stack([s.images for s in samples]))),
-        projection=on_device(torch.from_numpy(np.stack([s.projection for s in samples]))),
-        boxes=boxes,
-        labels=ragged([s.labels for s in samples], boxes),
-        centers=cells.to(device),
-        radii=ragged(radii, cells).to(device),
-        center_labels=ragged(labels, cells).to(device),
-        lifts=ragged(lifts, cells).to(device),
-        num_centers=sum(map(len, centers)),
-        num_peaks=sum(len(np.unique(np.column_stack(c), axis=0)) for c in zip(centers, labels, strict=True)),
-    )
-
-
-def heatmap_objects(sample: Sample, stride: int) -> list[tuple[np.ndarray, ...]]:
-    """What the heatmap of each camera shows.
-
-    Returns:
-        For each camera, of the M boxes whose centres it sees: heatmap cells (M, 2), radii (M,) and classes (M,), all
-        int32, and the lift (M, 3) float32 as `Output` has it.
-    """
-    objects = []
-    size = np.array(sample.image_wh, dtype=np.float32)
-    for projection in sample.projection:
-        pixel, depth = project(sample.boxes[:, :3], projection)
-        corners, corner_depth = project(box_corners(sample.boxes), projection)
-        seen = (
-            (sample.labels >= 0) & (depth > 0.5) & (corner_depth > 0.5).all(1) & ((pixel >= 0) & (pixel < size)).all(1)
-        )
-        extent = np.minimum(corners.max(1), size) - np.maximum(corners.min(1), 0)
-        width, height = torch.from_numpy(extent[seen].astype(np.float32) / stride).unbind(1)
-        radius = saccade.gaussian_radius((height, width), 0.3, convention="mmdet").clamp(1, 8)
-        origin = np.linalg.inv(projection)[:3, 3]
-        away = np.linalg.norm(sample.boxes[seen, :2] - origin[:2], axis=1)
-        objects.append(
-            (
-                (pixel[seen] / stride).astype(np.int32),
-                radius.numpy().astype(np.int32),
-                sample.labels[seen].astype(np.int32),
-                np.concatenate([pixel[seen] / stride % 1, np.log(away / 10)[:, None]], 1).astype(np.float32),
-            )
-        )
-    return objects
-
-
-def heatmap_target(batch: Batch, shape: torch.Size) -> Tensor:
-    """Class-wise Gaussians (B * N, classes, H, W) at the centres."""
-    target = torch.zeros(shape, device=batch.images.device)
-    saccade.draw_heatmap_batched(target, batch.centers, batch.radii, labels=batch.center_labels)
-    return target
-
-
-class DetectionLoss(nn.Module):
-    """Focal loss over Hungarian-matched anchors, L1 over the matched boxes, Gaussian focal loss over the heatmap."""
-
-    BOX_WEIGHTS = (0.4, 0.4, 0.4, 0.2, 0.2, 0.2, 0.2, 0.2, 0.0, 0.0, 0.0)
-    """Of the eleven numbers of an anchor. One moment in time says nothing about velocity."""
-
-    box_weights: Tensor
-
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.num_classes = num_classes
-        self.classification = FocalLoss(use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=2.0)
-        self.register_buffer("box_weights", torch.tensor(self.BOX_WEIGHTS))
-
-    def forward(self, output: Output, batch: Batch, objects: Objects) -> dict[str, Tensor]:
-        """Losses by name, each summed over the decoder layers.
-
-        Args:
-            output: What the detector said about the batch.
-            batch: The batch.
-            objects: Of all batches whose losses are added; with it alone, its own.
-        """
-        target = heatmap_target(batch, output.heatmap.shape)
-        layers = [self._layer(*layer, batch, objects) for layer in zip(output.logits, output.anchors, strict=True)]
-        classes, boxes = torch.stack([torch.stack(layer) for layer in layers]).sum(0)
-        peaks = target.new_full((), max(objects.peaks, 1))
-        heatmap = saccade.gaussian_focal_loss_with_logits(output.heatmap, target, avg_factor=peaks)
-        return {"class": classes, "box": boxes, "heatmap": heatmap, "lift": self._lift(output.lift, batch, objects)}
-
-    def _lift(self, lift: Tensor, batch: Batch, objects: Objects) -> Tensor:
-        mask = batch.centers.mask
-        image = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
-        cell, truth = batch.centers.tensor[mask].long(), batch.lifts.tensor[mask]
-        # Around the centre too: the highest peak of a predicted heatmap may lie beside it.
-        shift = torch.cartesian_prod(*[torch.arange(-1, 2, device=mask.device)] * 2)  # (9, 2)
-        column, row = (cell[:, None] + shift).unbind(-1)
-        height, width = lift.shape[-2:]
-        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-        picked = lift[image[:, None], :, row.clamp(0, height - 1), column.clamp(0, width - 1)]  # (objects, 9, 3)
-        truth = torch.cat([truth[:, None, :2] - shift, truth[:, None, 2:].expand(-1, 9, 1)], -1)
-        error = (picked - truth).abs() * inside[..., None]
-        return (error * error.new_tensor([0.5, 0.5, 4.0])).sum() / max(9 * objects.centers, 1)
-
-    def _layer(self, logits: Tensor, anchors: Tensor, batch: Batch, objects: Objects) -> tuple[Tensor, Tensor]:
-        batch_size, count = logits.shape[:2]
-        # The assignment is made on the host: one copy of the predictions per layer.
-        host_logits, host_anchors = logits.detach().cpu(), anchors.detach().cpu()
-        target = torch.full((batch_size, count), self.num_classes)
-        row_weight = torch.ones(batch_size, count)
-        anchor_index, true_boxes = [], []
-        for b, (boxes, labels) in enumerate(zip(batch.boxes.split(), batch.labels.split(), strict=True)):
-            rows, columns = match_anchors(host_logits[b], host_anchors[b], boxes[labels >= 0], labels[labels >= 0])
-            target[b, rows] = labels[labels >= 0][columns]
-            # An anchor that sits on an ignored box may call it what it likes.
-            on_ignored = (torch.cdist(host_anchors[b, :, :2], boxes[labels < 0][:, :2]) < 2).any(1)
-            on_ignored[rows] = False
-            row_weight[b, on_ignored] = 0
-            anchor_index.append(rows + b * count)
-            true_boxes.append(boxes[labels >= 0][columns])
-        device = logits.device
-        index, truth = torch.cat(anchor_index).to(device), torch.cat(true_boxes).to(device)
-        positives = max(objects.matched, 1)
-        classes = self.classification(
-            logits.flatten(0, 1),
-            target.flatten().to(device),
-            weight=row_weight.flatten().to(device),
-            avg_factor=positives,
-        )
-        error = (anchors.flatten(0, 1)[index] - truth).abs() * self.box_weights
-        return classes, error.sum() / positives
-
-
-def match_anchors(logits: Tensor, anchors: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The cheapest one-to-one assignment of anchors (A, 11) to boxes (M, 11): indices of anchors and of their boxes."""
-    p = logits.sigmoid()[:, labels].clamp(1e-6, 1 - 1e-6)  # (A, M)
-    class_cost = 0.25 * (1 - p) ** 2 * -p.log() - 0.75 * p**2 * -(1 - p).log()
-    cost = 2 * class_cost + 0.25 * torch.cdist(anchors[:, :2], boxes[:, :2], p=1)
-    rows, columns = linear_sum_assignment(cost.nan_to_num(1e4).numpy())
-    return torch.from_numpy(rows), torch.from_numpy(columns)
+LEARNING_RATE = 2e-3
+EVALUATED_AT_ONCE = {"cpu": 1, "cuda": 8}
+"""Samples of a forward pass where nothing is learnt, by device."""
+READ_AHEAD = 8
+"""Held-out samples."""
 
 
 def decode(output: Output) -> list[Detections]:
@@ -236,17 +48,19 @@ def decode(output: Output) -> list[Detections]:
     return found
 
 
-def _apart(detections: Detections) -> list[int]:
-    """Indices of the boxes that are no second answer for an object.
+def _apart(detections: Detections) -> np.ndarray:
+    """A mask of the boxes, by falling score, that are no second answer for an object.
 
     A second answer is a box of the same class whose centre is within 0.4 of the better one's longer side, or 0.75 m.
     """
-    keep: list[int] = []
-    for i, box in enumerate(detections.boxes):
-        better = [k for k in keep if detections.labels[k] == detections.labels[i]]
-        reach = np.maximum(0.4 * detections.boxes[better, 3:5].max(-1), 0.75)
-        if (np.hypot(*(detections.boxes[better, :2] - box[:2]).T) >= reach).all():
-            keep.append(i)
+    boxes, labels = detections.boxes, detections.labels
+    distance = np.hypot(*(boxes[:, None, :2] - boxes[None, :, :2]).transpose(2, 0, 1))
+    reach = np.maximum(0.4 * boxes[:, 3:5].max(-1), 0.75)
+    near = (distance < reach[:, None]) & (labels[:, None] == labels)
+    keep = np.ones(len(boxes), dtype=bool)
+    for i, beside in enumerate(near):
+        if keep[i]:
+            keep[i + 1 :] &= ~beside[i + 1 :]
     return keep
 
 
@@ -282,7 +96,7 @@ class RenderedScenes:
 
     class_names: tuple[str, ...] = CLASS_NAMES
     num_cams = len(CAMERA_NAMES)
-    loaders = 8
+    loaders = 32
     training_samples: int | None = None
     trained_on = "rendered scenes, each seen once"
 
@@ -304,7 +118,7 @@ class RenderedScenes:
 class RealFrame:
     """One frame from a directory, learnt by heart: it is what the detector is evaluated on, too."""
 
-    loaders = 1
+    loaders = 4
     training_samples: int | None = 1
     evaluated_on = "one frame, which it was trained on"
 
@@ -339,30 +153,39 @@ class Recipe:
     """Samples of a forward pass, over which batch normalization takes its statistics."""
     amp: str = "off"
     compiled: bool = False
-    learning_rate: float = 2e-3
+    learning_rate: float = LEARNING_RATE
+    mirror: bool = False
+    """Beside every sample learn from its mirror image, in the same forward pass."""
 
 
-class _Stream(Dataset[list[Sample] | DemoError]):
-    """The samples of each step that fall to one process, turned."""
+class _Stream(Dataset[list[Batch] | DemoError]):
+    """The samples of each step that fall to one process, turned, as the batches of its forward passes."""
 
-    def __init__(self, source: Source, recipe: Recipe, ranks: Ranks):
+    def __init__(self, source: Source, recipe: Recipe, ranks: Ranks, stride: int):
         self.source = source
         self.batch = recipe.batch
+        self.micro_batch = recipe.micro_batch
+        self.mirror = recipe.mirror
+        self.stride = stride
         self.share = recipe.batch // ranks.count
         self.before = ranks.index * self.share
         self.angles = np.random.default_rng([recipe.seed, 2]).uniform(-math.pi, math.pi, recipe.steps * recipe.batch)
 
-    def __getitem__(self, step: int) -> list[Sample] | DemoError:
+    def __getitem__(self, step: int) -> list[Batch] | DemoError:
         first = step * self.batch + self.before
         try:
             # Which way the vehicle points must not matter: turn the coordinates under what the cameras see.
-            return [turned(self.source.training(i), self.angles[i]) for i in range(first, first + self.share)]
+            samples = [turned(self.source.training(i), self.angles[i]) for i in range(first, first + self.share)]
         except DemoError as error:
             return error  # raised here, it would reach the user wrapped in this process's traceback
+        passes = [samples[i : i + self.micro_batch] for i in range(0, self.share, self.micro_batch)]
+        if self.mirror:
+            passes = [[*together, *map(mirrored, together)] for together in passes]
+        return [make_batch(together, self.stride) for together in passes]
 
 
-def _as_it_is(samples: Any) -> Any:
-    return samples
+def _as_it_is(batches: Any) -> Any:
+    return batches
 
 
 def _end_with_the_trainer(_: int) -> None:
@@ -377,6 +200,30 @@ def _end_with_the_trainer(_: int) -> None:
     threading.Thread(target=end, daemon=True).start()
 
 
+class Told:
+    """What is told of a step; its losses may still be on their way from the device."""
+
+    def __init__(self, step: int, amp: str, learning_rate: float, waited: float, names: Sequence[str], values: Tensor):
+        self.step = step
+        self.learning_rate = learning_rate
+        self.waited = waited
+        """Seconds until the samples were there."""
+        self._amp = amp
+        self._names = names
+        self._values = OnItsWay(values)
+
+    def losses(self) -> dict[str, float]:
+        """By name, `total` among them. Waits for the step to be done, but for nothing that comes after it.
+
+        Raises:
+            DemoError: They are not finite.
+        """
+        losses = dict(zip(self._names, self._values.arrived().tolist(), strict=True))
+        if not math.isfinite(losses["total"]):
+            raise DemoError(f"the loss is {losses['total']} at step {self.step} (with --amp {self._amp})")
+        return losses
+
+
 class Trainer:
     """A detector, and what is needed to train and evaluate it on one device, beside others if there are more ranks."""
 
@@ -389,11 +236,12 @@ class Trainer:
         """Steps made so far."""
         self.model = model.to(device)
         self.loss = DetectionLoss(len(source.class_names)).to(device)
-        # For training alone: few evaluations are not worth another compilation.
-        self._trained: Any = torch.compile(self.model) if recipe.compiled else self.model
+        self._trained: Any = self._compiled() if recipe.compiled else self.model
         if ranks.count > 1:
             self._trained = DistributedDataParallel(self._trained, gradient_as_bucket_view=True)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.learning_rate, weight_decay=1e-2)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=recipe.learning_rate, weight_decay=1e-2, fused=True
+        )
         warm_up = max(1, recipe.steps // 15)
         decay = max(1, recipe.steps - warm_up)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -401,8 +249,14 @@ class Trainer:
             lambda i: min((i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(1, max(0, i - warm_up) / decay))),
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
-        self.last_learning_rate = 0.0
-        """That of the last step."""
+
+    def _compiled(self) -> Any:
+        """The model for training alone: few evaluations are not worth another compilation."""
+        # On a GPU the host is what takes longest: a recorded graph is begun as one. But neither DistributedDataParallel
+        # nor gradients that are added up get along with gradients that lie where the next pass writes its own.
+        at_once = self.recipe.micro_batch * self.ranks.count == self.recipe.batch
+        graphs = self.device.type == "cuda" and self.ranks.count == 1 and at_once
+        return torch.compile(self.model, mode="reduce-overhead" if graphs else None)
 
     def state_dict(self) -> dict[str, Any]:
         """All that training goes on from."""
@@ -426,69 +280,68 @@ class Trainer:
         dtype = torch.float16 if self.recipe.amp == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.recipe.amp != "off")
 
-    def _made_ahead(self) -> Iterator[list[Sample] | DemoError]:
-        """The samples of the steps to come, made by other processes."""
+    def _made_ahead(self) -> Iterator[list[Batch] | DemoError]:
+        """The batches of the steps to come, made by other processes."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         loader = DataLoader(
-            _Stream(self.source, self.recipe, self.ranks),
+            _Stream(self.source, self.recipe, self.ranks, self.model.STRIDE),
             batch_size=None,
             sampler=range(self.step, self.recipe.steps),
-            num_workers=max(1, min(self.source.loaders, cores // self.ranks.local_count - 1)),
-            collate_fn=_as_it_is,  # arrays go through pipes; tensors would need room in shared memory
+            # This process needs a core for itself, and on a GPU one for the gradients.
+            num_workers=max(1, min(self.source.loaders, cores // self.ranks.local_count - 2)),
+            collate_fn=_as_it_is,
+            pin_memory=self.device.type == "cuda",
             worker_init_fn=_end_with_the_trainer,
             generator=torch.Generator(),  # so that nothing is drawn from the generator of all
         )
         return iter(loader)
 
-    def train(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[dict[str, float]]:
-        """Train what is left of the steps, telling the losses of each by name, `total` among them.
+    def train(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[Told]:
+        """Train what is left of the steps, telling of each as soon as the device knows what to do.
 
         Args:
             stopped: Asked after every step whether to make it the last. One rank that says so stops all.
         """
         if self.step == self.recipe.steps:
             return
-        for samples in self._made_ahead():
-            if isinstance(samples, DemoError):
-                raise SampleError(str(samples)) from samples
+        made_ahead = self._made_ahead()
+        while True:
+            before = time.perf_counter()
+            batches = next(made_ahead, None)
+            waited = time.perf_counter() - before
+            if batches is None:
+                return
+            if isinstance(batches, DemoError):
+                raise SampleError(str(batches)) from batches
             self.model.train()
             self.optimizer.zero_grad(set_to_none=True)
-            losses = self._backward(samples)
+            losses = self._backward(batches)
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
+            learning_rate = self.optimizer.param_groups[0]["lr"]
             scale = self.scaler.get_scale()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            self.last_learning_rate = self.optimizer.param_groups[0]["lr"]
             if self.scaler.get_scale() >= scale:  # else the step was skipped, for float16 overflowed
                 self.schedule.step()
             self.step += 1
-            stop = torch.full((1,), float(stopped()), device=self.device)
-            *values, stop = self.ranks.sum(torch.cat([torch.stack(list(losses.values())), stop])).tolist()
-            if not math.isfinite(values[-1]):
-                raise DemoError(f"the loss is {values[-1]} at step {self.step} (with --amp {self.recipe.amp})")
-            yield dict(zip(losses, values, strict=True))
+            stop = self.ranks.sum(torch.tensor(float(stopped())))
+            values = self.ranks.sum(torch.stack(list(losses.values())))
+            yield Told(self.step, self.recipe.amp, learning_rate, waited, list(losses), values)
             if stop:
                 return
 
-    def _backward(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Gradients of a step, from the samples of this rank and, by DistributedDataParallel, the others'.
+    def _backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Gradients of a step, from the batches of this rank and, by DistributedDataParallel, the others'.
 
         Returns:
             This rank's share of the losses.
         """
-        size = self.recipe.micro_batch
-        batches = [
-            make_batch(samples[first : first + size], self.device, self.model.STRIDE)
-            for first in range(0, len(samples), size)
-        ]
-        counts = [batch.objects(self.model.config.num_anchors) for batch in batches]
-        objects = Objects(*self.ranks.sum(torch.tensor(counts).sum(0)).tolist())
+        counts = torch.tensor([batch.objects(self.model.config.num_anchors) for batch in batches]).sum(0)
+        objects = Objects(*self.ranks.sum(counts).tolist())
         told: dict[str, Tensor] = {}
-        for index, batch in enumerate(batches):
-            # Whatever the model draws depends on the samples alone: it is the same after resuming and with other ranks.
-            seed = [self.recipe.seed, 4, self.step, self.ranks.index * len(batches) + index]
-            torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        for index, made in enumerate(batches):
+            batch = made.to(self.device)
             last = index == len(batches) - 1
             with nullcontext() if last or self.ranks.count == 1 else self._trained.no_sync():
                 with self._autocast():
@@ -502,16 +355,31 @@ class Trainer:
                 told[name] = told[name] + loss.detach() if name in told else loss.detach()
         return told
 
+    def output(self, batch: Batch) -> Output:
+        """What the detector says about a batch, which is on its device; nothing is learnt."""
+        self.model.eval()
+        with torch.no_grad(), self._autocast():
+            return self.model(batch.images, batch.projection)
+
     def detect(self, sample: Sample) -> tuple[Detections, Batch, Output]:
         """What the detector finds in a sample, with the batch made of it and the raw output."""
-        self.model.eval()
-        batch = make_batch([sample], self.device, self.model.STRIDE)
-        with torch.no_grad(), self._autocast():
-            output = self.model(batch.images, batch.projection)
+        batch = make_batch([sample], self.model.STRIDE).to(self.device)
+        output = self.output(batch)
         return decode(output)[0], batch, output
 
+    def detections(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, Detections]]:
+        """What the detector finds in samples, some of which it looks at together."""
+        remaining = iter(samples)
+        while together := list(islice(remaining, EVALUATED_AT_ONCE[self.device.type])):
+            output = self.output(make_batch(together, self.model.STRIDE).to(self.device))
+            yield from zip(together, decode(output), strict=True)
+
     def evaluate(
-        self, *, exchange_images: bool = False, first: int | None = None, done: Callable[[], None] = lambda: None
+        self,
+        *,
+        exchange_images: bool = False,
+        first: int | None = None,
+        done: Callable[[Sample], None] = lambda sample: None,
     ) -> Counts:
         """Counts over all held-out samples, of which every rank looks at its share.
 
@@ -528,11 +396,13 @@ class Trainer:
         held_out = self.source.held_out
         end = len(held_out) if first is None else min(first, len(held_out))
         mine = range(self.ranks.index, end, self.ranks.count)
+        samples = made_ahead(held_out.__getitem__, mine, READ_AHEAD)
+        if exchange_images:
+            samples = (replace(sample, images=np.roll(sample.images, 1, axis=0)) for sample in samples)
         try:
-            for sample in made_ahead(held_out.__getitem__, mine, self.source.loaders):
-                seen = replace(sample, images=np.roll(sample.images, 1, axis=0)) if exchange_images else sample
-                counts += match(self.detect(seen)[0], sample.boxes, sample.labels)
-                done()
+            for sample, found in self.detections(samples):
+                counts += match(found, sample.boxes, sample.labels)
+                done(sample)
         except DemoError as error:
             raise SampleError(str(error)) from error
         return Counts(*self.ranks.sum(torch.tensor(astuple(counts))).tolist())
