@@ -71,7 +71,7 @@ def looped(output: Output, samples: list[Sample], positives: int) -> tuple[Tenso
                 near = any(float(torch.dist(place[:2], centre[:2])) < 2 for centre in ignored)
                 weight[anchor] = 0 if near and anchor not in rows.tolist() else 1
             p = logits[b].sigmoid()
-            focal = torch.where(target == 1, 0.25 * (1 - p) ** 2, 0.75 * p**2)
+            focal = torch.where(target == 1, 0.3 * (1 - p) ** 2, 0.7 * p**2)
             entropy = F.binary_cross_entropy_with_logits(logits[b], target, reduction="none")
             of_classes = of_classes + 2 * (weight[:, None] * focal * entropy).sum() / positives
             of_boxes = of_boxes + ((anchors[b, rows] - boxes[columns]).abs() * weights).sum() / positives

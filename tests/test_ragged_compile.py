@@ -232,3 +232,12 @@ def test_export_for_any_width(tmp_path):
     path = tmp_path / "mean.pt2"
     torch.export.save(program, path)
     assert torch.allclose(torch.export.load(path).module()(wider), ragged.average_over_targets(wider))
+
+
+@pytest.mark.parametrize("fillers", [(0.5, 1.5, 2.5), (1, 2, 3)])
+def test_fillers_may_vary_in_compiled_code(fillers, device):
+    data = torch.arange(6, dtype=torch.float32, device=device).view(1, 6)
+    indices = RaggedBatch(torch.tensor([[4, 9]], device=device), sample_sizes=torch.tensor([1], device=device))
+    access = compiled(lambda data, indices, filler: ragged.batched_indexing_access(data, indices, filler).tensor)
+    for filler in fillers:
+        assert access(data, indices, filler).tolist() == [[4, filler]]

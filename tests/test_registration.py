@@ -4,6 +4,7 @@ The decision looks at the keys of tensors. With those of a CPU in place of a GPU
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from saccade.gaussian_focal_loss import api as gaussian_api
 from saccade.gaussian_focal_loss import gaussian_focal_loss_with_logits
 from saccade.gaussian_heatmap import api as heatmap_api
 from saccade.gaussian_heatmap import draw_heatmap, draw_heatmap_batched, heatmap_targets
+from saccade.ragged import RaggedBatch, batched_indexing_access, operators
 
 OF_CPU_TENSORS = registration._keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
 OF_CALLS = (
@@ -34,7 +36,7 @@ def as_gpu(monkeypatch) -> None:
     monkeypatch.setattr(registration, "_OF_GPU_TENSORS", OF_CPU_TENSORS)
     for call in OF_CALLS:
         monkeypatch.setattr(call, "_known", [])
-        monkeypatch.setattr(call, "_misses", 0)
+        monkeypatch.setattr(call, "_wasted", 0)
 
 
 @pytest.fixture(params=["new", "known"])
@@ -78,8 +80,7 @@ def step(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw(heatmap: Tensor, **options) -> None:
-    zero = torch.tensor([0])
-    draw_heatmap(heatmap, torch.tensor([[1, 1]]), zero, zero, **options)
+    draw_heatmap(heatmap, torch.tensor([[1, 1]]), torch.tensor([0]), torch.tensor([0]), **options)
 
 
 def assert_right(actual: tuple[Tensor, Tensor]) -> None:
@@ -302,7 +303,7 @@ def test_other_calls_are_told_apart_from_known_ones(other, as_gpu):
     api._call_sigmoid._known = []
     for more in {}, {"avg_factor": 3.0}, {"weight": torch.ones(4)}, {"gamma": 1.0}:
         sigmoid_focal_loss(LOGITS, LABELS, **more)
-    kept = [known._replace(way=wrong_way) for known in api._call_sigmoid._known]
+    kept = [replace(known, way=wrong_way) for known in api._call_sigmoid._known]
     assert len(kept) == 4
     api._call_sigmoid._known = kept
     for _ in range(2):
@@ -317,7 +318,7 @@ def wrong_way(*_) -> None:
 def test_other_values_are_no_other_call(as_gpu):
     sigmoid_focal_loss(LOGITS, LABELS, avg_factor=3.0)
     (known,) = api._call_sigmoid._known
-    api._call_sigmoid._known = [known._replace(way=wrong_way)]
+    api._call_sigmoid._known = [replace(known, way=wrong_way)]
     with pytest.raises(AssertionError, match="known call"):
         sigmoid_focal_loss(LOGITS - 1, LABELS - 1, avg_factor=8.5)
 
@@ -396,6 +397,18 @@ def test_targets_of_other_sizes_are_told_apart(as_gpu):
         heatmap_targets(centers, radii, (2, 3.0), counts=torch.tensor([1]))
 
 
+@pytest.mark.interpreted
+def test_fillers_are_told_apart(as_gpu, monkeypatch):
+    monkeypatch.setattr(operators.gather, "_known", [])
+    data = torch.zeros(1, 2)
+    indices = RaggedBatch(torch.tensor([[1, 0]]), sample_sizes=torch.tensor([1]))
+    for filler in (0.0, -0.0, 0, 1, 1.0, True, 1.00001, torch.tensor(1.00001), torch.tensor(1.00002)):
+        for _ in range(2):
+            result = batched_indexing_access(data, indices, filler).tensor
+            assert torch.equal(result[0, 1], torch.as_tensor(filler, dtype=torch.float32))
+            assert torch.signbit(result[0, 1]) == torch.signbit(torch.as_tensor(filler, dtype=torch.float32))
+
+
 def test_debug_checks_look_at_values_of_known_calls(as_gpu, monkeypatch):
     maps = torch.zeros(1, 2, 3)
     far = torch.tensor([5])
@@ -406,16 +419,45 @@ def test_debug_checks_look_at_values_of_known_calls(as_gpu, monkeypatch):
 
 
 def test_few_of_many_different_calls_are_kept(as_gpu):
-    of_a_row = sigmoid_focal_loss(torch.full((1, 3), 0.5), torch.tensor([0]), reduction="sum")
-    for count in range(2, 300):
-        logits = torch.full((count, 3), 0.5)
-        loss = sigmoid_focal_loss(logits, torch.zeros(count, dtype=torch.int64), reduction="sum")
-        torch.testing.assert_close(loss, count * of_a_row)
-        assert len(api._call_sigmoid._known) <= registration._MOST_KNOWN
-    learnt = api._call_sigmoid._known
-    sigmoid_focal_loss(torch.zeros(4, 3), torch.tensor([0, 1, 2, 3]))
-    assert api._call_sigmoid._known is learnt  # too many that did not come again
+    def loss(rows: int) -> Tensor:
+        return sigmoid_focal_loss(torch.full((rows, 3), 0.5), torch.zeros(rows, dtype=torch.int64), reduction="sum")
+
+    of_a_row = loss(1)
+    loss(1)
+    call = api._call_sigmoid
+    for rows in range(2, 300):
+        torch.testing.assert_close(loss(rows), rows * of_a_row)
+        assert len(call._known) <= registration._MOST_KNOWN
+        if rows % 3 == 0:
+            loss(1)  # comes again and again
+    learnt = call._known
+    loss(300)
+    assert call._known is learnt  # too many that did not come again
+    assert sum(known.is_used for known in learnt) == 1
     assert_right(step(*inputs()))
+
+
+def test_a_tensor_that_is_two_arguments_takes_no_place(as_gpu):
+    maps, zero = torch.zeros(1, 2, 3), torch.tensor([0])
+    draw(maps)
+    kept = heatmap_api._call_draw._known
+    draw_heatmap(maps, torch.tensor([[1, 1]]), zero, zero)
+    draw_heatmap(maps, torch.tensor([[1, 1]]), zero, zero)
+    assert heatmap_api._call_draw._known is kept
+    assert maps.sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": np.array([0.25, 0.5])}, "alpha: expected a number, got ndarray"),
+        ({"gamma": torch.ones(2)}, "gamma: expected a number, got Tensor"),
+    ],
+)
+def test_a_wrong_argument_is_named_as_before(options, message, as_gpu):
+    sigmoid_focal_loss(LOGITS, LABELS)
+    with pytest.raises((TypeError, ValueError), match=message):
+        sigmoid_focal_loss(LOGITS, LABELS, **options)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -7,8 +7,9 @@ grad, and a call costs less than through ``torch.library.custom_op``.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch._C import DispatchKey, DispatchKeySet
@@ -175,19 +176,22 @@ def _nothing_watches() -> bool:
     )
 
 
-class _Known(NamedTuple):
+@dataclass
+class _Known:
     """Arguments that a call was made with, and where it went."""
 
     count: int  # of tensors
-    others: tuple[Any, ...]
     kinds: list[type]
+    others: tuple[Any, ...]
     fits: Callable[..., bool]  # tensors that differ in their values at most
     way: Callable[..., Any]
+    is_used: bool = False
+    """Whether the call has come again."""
 
 
 _PLAIN = frozenset((bool, float, int, str, type(None)))
 _MOST_KNOWN = 8
-_MANY_MISSES = 64
+_MUCH_WASTE = 64
 
 
 @cache
@@ -245,8 +249,8 @@ class DirectCall:
             above: Any = super(Function, _recorded_with_call(self._gradient))
             self._record = above.apply
         self._known: list[_Known] = []
-        self._misses = 0
-        """Calls that were learnt since the last that was known."""
+        self._wasted = 0
+        """Calls learnt that did not come again, since one did."""
 
     def __call__(self, *args: Any) -> Any:
         """Call the operator."""
@@ -262,8 +266,9 @@ class DirectCall:
         if _nothing_watches() and not debug_checks_enabled():
             count, kinds = len(tensors), [*map(type, others)]
             for known in self._known:
-                if known.count == count and known.others == others and known.kinds == kinds and known.fits(*tensors):
-                    self._misses = 0
+                if known.count == count and known.kinds == kinds and known.others == others and known.fits(*tensors):
+                    if not known.is_used:
+                        known.is_used, self._wasted = True, 0
                     return known.way
         return None
 
@@ -280,14 +285,25 @@ class DirectCall:
         # Checks convert what is not plain.
         if way is self.operator or _guards() is None or not _PLAIN.issuperset(kinds):
             return way
-        self._misses += 1
-        # Where no two calls are alike, nearly none is learnt: that would take longer than the checks.
-        if self._misses < _MANY_MISSES or self._misses % _MANY_MISSES == 0:
-            sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
-            fits = _guards()(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-            kept = self._known[: _MOST_KNOWN - 1] if self._misses < _MANY_MISSES else []
-            self._known = [_Known(len(tensors), others, kinds, fits, way), *kept]
+        if self._wasted >= _MUCH_WASTE:
+            # Where no two calls are alike, nearly none is learnt: that would take longer than the checks.
+            self._wasted += 1
+            if self._wasted % _MUCH_WASTE:
+                return way
+        sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
+        fits = _guards()(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        if fits(*tensors):  # it does not if one tensor is two arguments
+            self._keep(_Known(len(tensors), kinds, others, fits, way))
         return way
+
+    def _keep(self, new: _Known) -> None:
+        kept = self._known
+        if len(kept) == _MOST_KNOWN:
+            unused = [known for known in kept if not known.is_used]
+            dropped = (unused or kept)[-1]
+            self._wasted += not dropped.is_used
+            kept = [known for known in kept if known is not dropped]
+        self._known = [new, *kept]  # not changed in place: another thread may be looking
 
     def _way(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         if debug_checks_enabled() or not self._can_be_direct(args):

@@ -60,7 +60,8 @@ def batched_indexing_access(
         tensor([[12, 12, 12],
                 [20, -5, -5]])
     """
-    of_filler = (repr(filler_value),)  # 0.0 and -0.0 are equal
+    is_plain = not torch.compiler.is_compiling() and type(filler_value) in (bool, int, float)
+    of_filler = (repr(filler_value) if is_plain else filler_value,)  # 0.0 and -0.0 are equal
     if dim_to_index_in is None and type(input_indices) is RaggedBatch and input_indices.num_batch_dims == 1:
         data = input_data.tensor if type(input_data) is RaggedBatch else input_data
         tensors = data, input_indices.tensor, input_indices.sample_sizes
