@@ -300,7 +300,7 @@ def test_curves_of_a_single_step_are_drawn(tmp_path):
 
 def test_the_pictures_of_the_page(tmp_path):
     page = (DOCS / "demo.md").read_text()
-    for name, most in (("demo_cameras.png", 250_000), ("demo_sampling.png", 350_000), ("demo_progress.gif", 600_000)):
+    for name, most in (("demo_cameras.png", 250_000), ("demo_sampling.png", 350_000), ("demo_progress.gif", 900_000)):
         assert f"](pictures/{name})" in page
         assert 10_000 < (DOCS / "pictures" / name).stat().st_size < most
     specification = importlib.util.spec_from_file_location("demo_pictures", DOCS / "pictures" / "demo.py")

@@ -135,7 +135,7 @@ def test_values_at_real_size(workload):
     on_cpu = [
         None if v is None else v.cpu() for v in (inputs.centers, inputs.radii, inputs.sample_sizes, inputs.labels)
     ]
-    reference.draw_heatmap_batched(want, *on_cpu, 6.0, 1.0)
+    reference.draw_heatmap_batched(want, *on_cpu, 6.0, 1.0, False)
     torch.testing.assert_close(heatmap.cpu().double(), want, rtol=TOLERANCE[torch.float32], atol=1e-9)
     first = heatmap.clone()
     saccade.draw_heatmap_batched(heatmap, inputs.centers, inputs.radii, **options)
