@@ -32,6 +32,8 @@ from saccade.demo.scene import (
     OBJECTS,
     RANGE,
     RIG,
+    VISIBLE_PIXELS,
+    VISIBLE_SHARE,
     Camera,
     View,
     World,
@@ -266,6 +268,31 @@ def test_an_occluder_hides_what_is_behind_it():
     alone, _ = render(a_world([person], [2]))
     assert alone.labels.tolist() == [2]
     assert not np.array_equal(alone.images[0], sample.images[0])
+
+
+def test_what_is_hardly_seen_is_ignored():
+    """By the pixels in which one camera sees it, and their share of those in which it would be seen by itself."""
+    far_off = [on_ground(0, distance, 0.5, 0.5, 0.9) for distance in range(20, 130, 10)]
+    counted = {True: [], False: []}
+    for box in far_off:
+        sample, views = render(a_world([box], [3]))
+        counted[bool(sample.labels[0] >= 0)].append(views[0].pixels[0])
+    assert counted[False]
+    assert max(counted[False]) < VISIBLE_PIXELS <= min(counted[True])
+    shares = {True: [], False: []}
+    for x in np.linspace(0, 2.2, 12):  # of a wall before it
+        sample, views = render(a_world([on_ground(x, 8, 2.4, 0.3, 3), on_ground(0, 14, 4, 1.8, 1.6)], [3, 0]))
+        shares[bool(sample.labels[1] >= 0)].append(views[0].pixels[1] / views[0].outline[1])
+    assert shares[False]
+    assert max(shares[False]) < VISIBLE_SHARE <= min(shares[True])
+
+
+def test_in_a_larger_picture_more_pixels_are_needed():
+    world = a_world([on_ground(0, 26, 0.3, 0.3, 0.5)], [3])
+    small, _ = render(world)
+    large, views = render(world, (3 * IMAGE_WH[0], 3 * IMAGE_WH[1]))
+    assert views[0].pixels[0] > VISIBLE_PIXELS
+    assert small.labels.tolist() == large.labels.tolist() == [-1]
 
 
 def test_of_several_solids_the_nearest_is_seen():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saccade.demo.batch import Batch, encode_boxes, make_batch
 from saccade.demo.geometry import Sample, turned
-from saccade.demo.loss import DetectionLoss, assignment
+from saccade.demo.loss import DetectionLoss, assignment, heatmap_target
 from saccade.demo.model import Detector, Output, Rays
 from saccade.demo.scene import scene
 from small_demo import IMAGE_WH, small_config
@@ -199,3 +199,23 @@ def test_the_detector_takes_bytes():
         detector(batch.images, batch.projection)
     expected = (batch.images[0].double() / 255 - 0.45) / 0.25
     torch.testing.assert_close(seen[0][:, :3].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_centres_of_a_class_in_one_cell_are_one_peak():
+    sample = scene(0, "train", 0, IMAGE_WH)
+    found = np.flatnonzero(sample.labels >= 0)
+    alone = make_batch([sample], 4)
+    twice = replace(
+        sample,
+        boxes=np.concatenate([sample.boxes, sample.boxes[found]]),
+        labels=np.concatenate([sample.labels, sample.labels[found]]),
+    )
+    other = replace(twice, labels=np.concatenate([sample.labels, (sample.labels[found] + 1) % CLASSES]))
+    assert alone.num_peaks > 0
+    batches = {name: make_batch([each], 4) for name, each in (("twice", twice), ("other", other))}
+    assert [batch.num_centers for batch in batches.values()] == [2 * alone.num_centers] * 2
+    assert batches["twice"].num_peaks == alone.num_peaks
+    for batch in (alone, *batches.values()):
+        target = heatmap_target(batch, torch.Size((6, CLASSES, IMAGE_WH[1] // 4, IMAGE_WH[0] // 4)))
+        assert batch.num_peaks == (target == 1).sum()
+    assert batches["other"].num_peaks > alone.num_peaks

@@ -1,14 +1,17 @@
 """Training as people run it: resumed, interrupted, repeated to the bit, compiled, in several processes, logged."""
 
+import itertools
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from saccade.demo.model import Detector, Output
 from saccade.demo.nuscenes import LoadedFrames
 from saccade.demo.run import DemoOptions, _checked_recipe, _what_it_is, density_and_range
 from saccade.demo.scene import scene
-from saccade.demo.train import Recipe, Trainer, decode
+from saccade.demo.train import Recipe, RenderedScenes, Trainer, decode
 from small_demo import IMAGE_WH, SmallScenes, after_step, make_small, small_config
 
 SCRIPT = Path(__file__).with_name("small_demo.py")
@@ -100,7 +103,8 @@ def test_deterministic_is_over_with_the_run(tmp_path, monkeypatch):
 # ---- losses that are read late
 
 
-def test_a_loss_that_is_not_finite_is_told_with_its_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [["--curve-every", 0], ["--curve-every", 4], ["--checkpoint-every", 4]])
+def test_a_loss_that_is_not_finite_is_told_with_its_step(options, tmp_path, monkeypatch):
     """Also where the next step has been made before the losses are read."""
     forward = DetectionLoss.forward
     calls = []
@@ -111,20 +115,61 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step(tmp_path, monkeypatch):
         return {name: loss * (math.nan if len(calls) == 3 else 1) for name, loss in losses.items()}
 
     monkeypatch.setattr(DetectionLoss, "forward", spoilt)
-    result = demo("--steps", 20, "--curve-every", 0, "--out", tmp_path, "--checkpoint", tmp_path / "c.pt")
+    result = demo("--steps", 20, *options, "--out", tmp_path, "--checkpoint", tmp_path / "c.pt")
     assert (result.exit_code, result.stderr) == (2, "saccade demo: the loss is nan at step 3 (with --amp off)\n")
     assert not (tmp_path / "c.pt").exists()
 
 
 def test_losses_of_a_step_are_those_of_that_step_however_late_they_are_read():
-    trainer = Trainer(SmallScenes(0, 0), small_detector(), torch.device("cpu"), Recipe(3))
-    told = list(trainer.train())
-    again = Trainer(SmallScenes(0, 0), small_detector(), torch.device("cpu"), Recipe(3))
+    trainer = Trainer(SmallScenes(0, 0), small_detector(), torch.device("cpu"), Recipe(30))
+    told = list(islice(trainer.train(), 3))
+    again = Trainer(SmallScenes(0, 0), small_detector(), torch.device("cpu"), Recipe(30))
     assert [step.step for step in told] == [1, 2, 3]
-    assert [step.losses() for step in told] == [step.losses() for step in again.train()]
+    assert [step.losses() for step in told] == [step.losses() for step in islice(again.train(), 3)]
     rates = [step.learning_rate for step in told]
-    assert rates[0] == pytest.approx(2e-3)  # of three steps, one warms up
-    assert rates[0] >= rates[1] > rates[2]
+    assert rates == pytest.approx([1e-3, 2e-3, 2e-3])  # of thirty steps two warm up, and the next begins to fall
+
+
+def test_a_loader_that_is_killed_is_told(monkeypatch):
+    trainer = Trainer(SmallScenes(0, 0), small_detector(), torch.device("cpu"), Recipe(3))
+    monkeypatch.setattr(SmallScenes, "training", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(SampleError, match="a process that makes samples was ended"):
+        list(trainer.train())
+
+
+# ---- what is learnt from
+
+
+def test_what_is_held_out_is_never_learnt_from():
+    source = RenderedScenes(1, 2)
+    for index in range(2):
+        assert np.array_equal(source.held_out[index].images, scene(1, "held-out", index).images)
+        assert np.array_equal(source.training(index).images, scene(1, "train", index).images)
+        assert not np.array_equal(source.training(index).images, source.held_out[index].images)
+    sent = pickle.loads(pickle.dumps(source))  # to the processes that make scenes
+    assert np.array_equal(sent.training(0).images, source.training(0).images)
+    assert sent.held_out == []
+
+
+def test_coordinates_are_turned_anew_at_every_step(monkeypatch):
+    """Or the places of a single frame could be learnt by heart."""
+    sample = scene(0, "train", 0, IMAGE_WH)
+    monkeypatch.setattr(SmallScenes, "training", lambda *_: sample)
+    made = []
+    trainer = Trainer(SmallScenes(0, 0), small_detector(), torch.device("cpu"), Recipe(3))
+    monkeypatch.setattr(trainer, "_backward", lambda batches: made.extend(batches) or {"total": torch.zeros(())})
+    list(trainer.train())
+    angles = []
+    for batch in made:
+        x, y = batch.boxes.tensor[0, :, :2].T
+        before = sample.boxes[sample.labels >= 0]
+        turn = torch.atan2(y, x) - torch.from_numpy(np.arctan2(before[:, 1], before[:, 0]))
+        assert torch.allclose(turn.sin(), turn.sin()[:1].expand_as(turn), atol=1e-4)
+        angles.append(float(turn[0]) % (2 * math.pi))
+        place = batch.boxes.tensor[0, :, :3] @ batch.projection[0, 0, :3, :3].T + batch.projection[0, 0, :3, 3]
+        expected = before[:, :3] @ sample.projection[0, :3, :3].T + sample.projection[0, :3, 3]
+        torch.testing.assert_close(place, torch.from_numpy(expected), rtol=1e-4, atol=1e-2)
+    assert min(abs(a - b) for a, b in itertools.combinations(angles, 2)) > 0.01
 
 
 def small_detector() -> Detector:

@@ -113,7 +113,7 @@ def demo(
 ) -> None:
     """Train a small sparse multi-camera detector from scratch, and show what it learnt.
 
-    Without --frame and --nuscenes it learns from rendered scenes, a new one at every step, and is evaluated on others.
+    Without --frame and --nuscenes it learns from rendered scenes, new ones at every step, and is evaluated on others.
     torchrun --nproc-per-node N -m saccade demo trains in N processes. Ctrl-C ends training early: what there is then is
     saved, evaluated and drawn, and the status is 130; a second one ends at once. Under torchrun
     the status is 1, and what is not done after 30 s is killed; the checkpoint is written first.

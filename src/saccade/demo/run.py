@@ -162,6 +162,7 @@ def _run(options: DemoOptions, recipe: Recipe, device: torch.device, ranks: Rank
         if options.evaluate is not None and isinstance(source, NuScenesScenes):
             benchmark = {"nuscenes": _benchmark(trainer, source, options.evaluate, console)}
 
+    seconds, waiting = (of_steps[resumed_at:] or of_steps for of_steps in (history.seconds, history.waiting))
     report = {
         "recall_at_2m": trained.recall,
         "precision": trained.precision,
@@ -182,8 +183,8 @@ def _run(options: DemoOptions, recipe: Recipe, device: torch.device, ranks: Rank
         "resumed_at": resumed_at,
         "seconds": sum(history.seconds),
         "step_ms": 1e3 * median(history.seconds),
-        "scenes_per_second": _scenes_per_second(history.seconds[resumed_at:] or history.seconds, recipe.batch),
-        "waiting_share": sum(_steady(history.waiting)) / sum(_steady(history.seconds)),
+        "scenes_per_second": recipe.batch * len(_steady(seconds)) / sum(_steady(seconds)),
+        "waiting_share": sum(_steady(waiting)) / sum(_steady(seconds)),
         "batch": recipe.batch,
         "micro_batch": recipe.micro_batch,
         "learning_rate": recipe.learning_rate,
@@ -272,7 +273,8 @@ def _train(
         for told in trainer.train(interrupted):
             pauses = is_looked_at(told.step) or is_saved(told.step)
             if pauses:
-                told.losses()  # the device, too, is then done with the step
+                for one in (*unread, told):
+                    one.losses()  # the device, too, is then done with the step
             now = time.perf_counter()
             history.seconds.append(now - before)
             history.waiting.append(told.waited)
@@ -331,11 +333,6 @@ def _what_it_is(options: DemoOptions, recipe: Recipe) -> dict[str, Any]:
         "--version": options.version or (options.nuscenes and DEFAULT_VERSION),
         "--scenes": options.scenes and ",".join(sorted(set(options.scenes))),
     }
-
-
-def _scenes_per_second(seconds: list[float], batch: int) -> float:
-    steady = _steady(seconds)
-    return batch * len(steady) / sum(steady)
 
 
 def _steady(of_steps: list[float]) -> list[float]:

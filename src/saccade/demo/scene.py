@@ -348,7 +348,7 @@ def render(world: World, image_wh: tuple[int, int] = IMAGE_WH) -> tuple[Sample, 
     projection = np.tile(np.eye(4, dtype=np.float32), (len(views), 1, 1))
     projection[:, :3] = intrinsics @ extrinsics[:, :3]
     boxes = len(world.labels)
-    # Pixels are counted as if the image had the usual size, so that a larger picture of a scene has the same labels.
+    # Pixels are counted as if the image had the usual size, so that a larger picture has the same labels, or nearly so.
     scale = IMAGE_WH[0] * IMAGE_WH[1] / (image_wh[0] * image_wh[1])
     seen = [
         (v.pixels[:boxes] * scale >= VISIBLE_PIXELS) & (v.pixels[:boxes] >= VISIBLE_SHARE * v.outline[:boxes])
