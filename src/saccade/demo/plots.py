@@ -267,7 +267,7 @@ def draw_birds_eye(path: Path, sample: Sample, detections: Detections, counts: C
 
 
 def show_from_above(axes: Axes, sample: Sample, detections: Detections, size: float = 10, named: bool = True) -> None:
-    """Boxes around the vehicle, which looks up, with rings of equal range and what each camera sees, and its name."""
+    """Boxes around the vehicle, its front camera looking up; rings of equal range, what each camera sees, its name."""
     if "CAM_FRONT" in sample.camera_names:
         ahead = sample.projection[sample.camera_names.index("CAM_FRONT"), 2, :2]
         angle = np.pi / 2 - float(np.arctan2(ahead[1], ahead[0]))
