@@ -244,7 +244,9 @@ class Trainer:
         self.loss = DetectionLoss(len(source.class_names)).to(device)
         self._trained: Any = self._compiled() if recipe.compiled else self.model
         if ranks.count > 1:
-            self._trained = DistributedDataParallel(self._trained, gradient_as_bucket_view=True)
+            # Not with gradients as views of buckets: how these are aligned could change the order in which the norm is
+            # summed by which gradients are clipped, and with it the last bits.
+            self._trained = DistributedDataParallel(self._trained)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=recipe.learning_rate, weight_decay=1e-2, fused=True
         )
