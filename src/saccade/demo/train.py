@@ -262,8 +262,8 @@ class Trainer:
         """The model for training alone: few evaluations are not worth another compilation."""
         # On a GPU the host is what takes longest: a recorded graph is begun as one. But neither DistributedDataParallel
         # nor gradients that are added up get along with gradients that lie where the next pass writes its own.
-        at_once = self.recipe.micro_batch * self.ranks.count == self.recipe.batch
-        graphs = self.device.type == "cuda" and self.ranks.count == 1 and at_once
+        is_one_pass = self.ranks.count == 1 and self.recipe.micro_batch == self.recipe.batch
+        graphs = self.device.type == "cuda" and is_one_pass
         return torch.compile(self.model, mode="reduce-overhead" if graphs else None)
 
     def state_dict(self) -> dict[str, Any]:

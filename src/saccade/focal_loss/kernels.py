@@ -414,7 +414,8 @@ def prepare_sigmoid_focal_loss(
     if kind == "none":
 
         def losses(logits: Tensor, target: Tensor, weight: Tensor | None, class_weight: Tensor | None, *numbers: Any):
-            output, scale = torch.empty_like(logits), numbers[5]
+            *_, scale, _ = numbers
+            output = torch.empty_like(logits)
             _write_losses(output, logits, target, weight, class_weight, alpha, gamma, activated, scale)
             return output
 
@@ -427,7 +428,7 @@ def prepare_sigmoid_focal_loss(
     def loss(
         logits: Tensor, target: Tensor, weight: Tensor | None, class_weight: Tensor | None, *numbers: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
-        avg_factor, scale, eps = numbers[4:]
+        *_, avg_factor, scale, eps = numbers
         output = new_loss(logits, logits.shape, kind, avg_factor)
         sums = logits.new_empty(programs, dtype=output.dtype)
         gradient = torch.empty_like(logits) if with_gradient else None
