@@ -15,7 +15,8 @@ from saccade.demo import run
 from saccade.demo.geometry import Sample
 from saccade.demo.model import DetectorConfig
 from saccade.demo.scene import scene
-from saccade.demo.train import RenderedScenes, Trainer
+from saccade.demo.source import RenderedScenes
+from saccade.demo.train import Trainer
 
 IMAGE_WH = (96, 32)
 
@@ -27,8 +28,8 @@ class SmallScenes(RenderedScenes):
         super().__init__(seed, 0)
         self.held_out = [scene(seed, "held-out", index, IMAGE_WH) for index in range(3)]
 
-    def training(self, step: int) -> Sample:
-        return scene(self.seed, "train", step, IMAGE_WH)
+    def training(self, number: int) -> Sample:
+        return scene(self.seed, "train", number, IMAGE_WH)
 
 
 small_config = partial(DetectorConfig, widths=(8, 16, 16), embed_dims=16, num_groups=2, num_anchors=16)

@@ -23,10 +23,11 @@ from saccade.demo.geometry import Sample, project, turned_boxes, yaw_rotation
 from saccade.demo.model import KEY_POINTS, Detector
 from saccade.demo.plots import Canvas, draw_birds_eye, draw_cameras, draw_heatmaps
 from saccade.demo.progress import draw_curves, draw_progress
+from saccade.demo.recipe import Recipe
 from saccade.demo.run import snapshot_steps
 from saccade.demo.sampling import draw_sampling, recorded, telling_query
 from saccade.demo.scene import GROUND_Z, scene
-from saccade.demo.train import Recipe, Trainer
+from saccade.demo.train import Trainer
 from small_demo import SmallScenes, after_step, make_small, small_config
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -1,5 +1,6 @@
 """Training as people run it: resumed, interrupted, repeated to the bit, compiled, in several processes, logged."""
 
+import copy
 import itertools
 import json
 import math
@@ -8,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -20,19 +22,23 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from saccade import RaggedBatch
 from saccade.cli import app
-from saccade.demo import DemoError, SampleError, journal, run, train
+from saccade.demo import DemoError, SampleError, journal, run, stream, train
 from saccade.demo.ahead import OnItsWay
-from saccade.demo.batch import make_batch
+from saccade.demo.batch import Batch, make_batch
 from saccade.demo.checkpoint import FORMAT
-from saccade.demo.distribution import Ranks
+from saccade.demo.distribution import ALONE, Ranks
 from saccade.demo.geometry import Sample
 from saccade.demo.loss import DetectionLoss
 from saccade.demo.model import Detector, Output
 from saccade.demo.nuscenes import LoadedFrames
+from saccade.demo.recipe import Recipe
 from saccade.demo.run import DemoOptions, _checked_recipe, _what_it_is, density_and_range
 from saccade.demo.scene import scene
-from saccade.demo.train import Recipe, RenderedScenes, Trainer, decode
+from saccade.demo.source import RenderedScenes
+from saccade.demo.stream import VIEWS_APART, Stream, num_samples
+from saccade.demo.train import Trainer, decode
 from small_demo import IMAGE_WH, SmallScenes, after_step, make_small, small_config
 
 SCRIPT = Path(__file__).with_name("small_demo.py")
@@ -392,7 +398,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         (["--seed", 1], "was made with --seed 0, not with --seed 1"),
         (["--batch", 2], "was made with --batch 1, not with --batch 2"),
         (["--learning-rate", 0.001], "was made with --learning-rate 0.002, not with --learning-rate 0.001"),
-        (["--mirror"], "was made without --mirror, not with --mirror"),
+        (["--batch", 2, "--views", 2], "was made with --batch 1, not with --batch 2"),
         (["--amp", "bf16"], "was made with --amp off, not with --amp bf16"),
         (["--frame", "/f"], "was made without --frame, not with --frame /f"),
     ],
@@ -581,22 +587,102 @@ def test_a_step_of_several_scenes_adds_up(tmp_path):
         torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5 * scale)
 
 
-def test_mirror_images_are_learnt_from_beside_the_scenes(monkeypatch):
-    trainer = Trainer(
-        SmallScenes(0, 0), small_detector(), torch.device("cpu"), Recipe(1, batch=2, micro_batch=1, mirror=True)
-    )
-    passes = []
-    backward = trainer._backward
-    monkeypatch.setattr(trainer, "_backward", lambda batches: passes.extend(batches) or backward(batches))
-    assert [told.step for told in trainer.train()] == [1]
-    assert len(passes) == 2
-    for batch in passes:
-        one, other = batch.images
-        assert torch.equal(one.flip(-1), other)
-        (boxes, mirrored) = batch.boxes.split()
-        assert torch.equal(boxes[:, 0], -mirrored[:, 0])
-        assert torch.equal(boxes[:, 1:6], mirrored[:, 1:6])
-        torch.testing.assert_close(boxes[:, 7], -mirrored[:, 7], rtol=0, atol=1e-6)  # cosines of the headings
+# ---- seen again
+
+
+RECIPE = Recipe(7, batch=8, micro_batch=4, views=4)
+
+
+def all_new(step: int, recipe: Recipe = RECIPE, ranks: Ranks = ALONE) -> list[Batch]:
+    """The batches of a step where nothing is known of the steps before it, as after an interruption."""
+    batches = Stream(SmallScenes(0, 0), recipe, ranks, Detector.STRIDE)[step]
+    assert isinstance(batches, list)
+    return batches
+
+
+@pytest.fixture
+def two_steps_apart(monkeypatch):
+    monkeypatch.setattr(stream, "VIEWS_APART", 2)
+
+
+def assert_same_batches(one: Sequence[Batch], other: Sequence[Batch]) -> None:
+    for batch, expected in zip(one, other, strict=True):
+        for name, value in vars(expected).items():
+            if isinstance(value, RaggedBatch):
+                assert torch.equal(vars(batch)[name].tensor, value.tensor), name
+                assert torch.equal(vars(batch)[name].sample_sizes, value.sample_sizes), name
+            elif isinstance(value, torch.Tensor):
+                assert torch.equal(vars(batch)[name], value), name
+            else:
+                assert vars(batch)[name] == value, name
+
+
+def test_what_is_seen_again_is_what_would_be_made_again(monkeypatch, two_steps_apart):
+    seen = []
+    trainer = Trainer(SmallScenes(0, 0), small_detector(), torch.device("cpu"), RECIPE)
+    monkeypatch.setattr(trainer, "_backward", lambda batches: seen.append(batches) or {"total": torch.zeros(())})
+    list(trainer.train())
+    assert len(seen) == 7
+    for step, batches in enumerate(seen):
+        assert_same_batches(batches, all_new(step))
+
+
+def test_a_scene_is_seen_in_steps_apart_and_every_second_time_in_a_mirror(two_steps_apart):
+    for passes in zip(all_new(0), all_new(2), all_new(4), all_new(6), strict=True):
+        places, angles = [], []
+        for view, batch in enumerate(passes):
+            # Of four samples in a pass, one is new and one seen for the last time.
+            images = batch.images[view].flip(-1) if view % 2 else batch.images[view]
+            assert torch.equal(images, passes[0].images[0])
+            assert not any(torch.equal(batch.images[view], batch.images[other]) for other in range(view))
+            boxes, projection = batch.boxes.split()[view], batch.projection[view, 0]
+            u, _, depth = (boxes[:, :3] @ projection[:3, :3].T + projection[:3, 3]).T
+            places.append((IMAGE_WH[0] * depth - u if view % 2 else u) / depth)
+            angles.append(float(torch.atan2(boxes[0, 1], boxes[0, 0])))
+        for place in places[1:]:
+            torch.testing.assert_close(place, places[0], rtol=1e-3, atol=1e-2)
+        assert min(abs(a - b) for a, b in itertools.combinations(angles, 2)) > 0.01
+
+
+def test_no_scene_is_made_twice(monkeypatch, two_steps_apart):
+    made = []
+    source = SmallScenes(0, 0)
+    monkeypatch.setattr(source, "training", lambda number: made.append(number) or scene(0, "train", 0, IMAGE_WH))
+    batches = Stream(source, RECIPE, ALONE, Detector.STRIDE)
+    for step in range(RECIPE.steps):
+        sent = sum(len(batch.images) for batch in batches[step])
+        assert sent == (8 if step < 2 else 2)
+        assert len(made) == len(set(made)) == num_samples(RECIPE, step + 1)
+    # Nothing is kept of those that were seen for the last time.
+    assert len(batches.seen) == 3 * 2 * 2
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_ranks_share_the_passes_of_one_process(views):
+    recipe = Recipe(3, batch=8, micro_batch=2, views=views)
+    of_ranks = [batch for index in range(2) for batch in all_new(1, recipe, Ranks(index, 2))]
+    assert len(of_ranks) == 4
+    assert_same_batches(of_ranks, all_new(1, recipe))
+
+
+def test_resumed_between_two_views_the_losses_are_the_same(two_steps_apart):
+    def trainer() -> Trainer:
+        return Trainer(SmallScenes(0, 0), small_detector(), torch.device("cpu"), RECIPE)
+
+    undisturbed = [told.losses() for told in trainer().train()]
+    first, second = trainer(), trainer()
+    told = [step.losses() for step in islice(first.train(), 3)]
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert told + [step.losses() for step in second.train()] == undisturbed
+
+
+@pytest.mark.parametrize(("cores", "loaders"), [(1, 1), (2, 1), (5, 3), (7, 4), (16, 14), (32, 28), (64, 28)])
+def test_the_process_that_made_a_scene_makes_the_steps_in_which_it_is_seen_again(monkeypatch, cores, loaders):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    number = stream._num_loaders(SmallScenes(0, 0), RECIPE, ALONE)
+    assert number == loaders
+    assert VIEWS_APART % number == 0
+    assert stream._num_loaders(SmallScenes(0, 0), replace(RECIPE, views=1), ALONE) == max(1, min(cores - 2, 32))
 
 
 def test_bad_batches_are_one_line(tmp_path):
@@ -604,6 +690,8 @@ def test_bad_batches_are_one_line(tmp_path):
         (["--batch", 0], "--batch: expected at least 1, got 0"),
         (["--batch", 4, "--micro-batch", 3], "--micro-batch: expected a divisor of 4, the scenes of a process, got 3"),
         (["--micro-batch", 0], "--micro-batch: expected a divisor of 1, the scenes of a process, got 0"),
+        (["--batch", 6, "--views", 4], "--views: expected a divisor of 6, the scenes of a forward pass, got 4"),
+        (["--views", 0], "--views: expected a divisor of 1, the scenes of a forward pass, got 0"),
         (["--learning-rate", 0], "--learning-rate: expected a positive number, got 0.0"),
         (["--learning-rate", "nan"], "--learning-rate: expected a positive number, got nan"),
     ]:
@@ -611,10 +699,18 @@ def test_bad_batches_are_one_line(tmp_path):
         assert (result.exit_code, result.stderr) == (2, f"saccade demo: {message}\n")
 
 
-@pytest.mark.parametrize(("device", "ranks", "batch"), [("cpu", 1, 1), ("cpu", 2, 2), ("cuda", 1, 8), ("cuda", 4, 32)])
-def test_without_a_batch_a_gpu_gets_more_scenes(device, ranks, batch):
-    recipe = _checked_recipe(DemoOptions(1, 0, None, device, "off", Path()), torch.device(device), Ranks(0, ranks))
-    assert (recipe.batch, recipe.micro_batch) == (batch, batch // ranks)
+@pytest.mark.parametrize(
+    ("device", "ranks", "batch", "views"), [("cpu", 1, 1, 1), ("cpu", 2, 2, 1), ("cuda", 1, 16, 4), ("cuda", 4, 64, 4)]
+)
+def test_without_a_batch_a_gpu_gets_more_scenes(device, ranks, batch, views):
+    def recipe(**options: Any) -> Recipe:
+        asked = DemoOptions(1, 0, options.pop("frame", None), device, "off", Path(), **options)
+        return _checked_recipe(asked, torch.device(device), Ranks(0, ranks))
+
+    made = recipe()
+    assert (made.batch, made.micro_batch, made.views) == (batch, batch // ranks, views)
+    assert recipe(batch=6 * ranks).views == min(views, 2)
+    assert recipe(frame=Path()).views == recipe(nuscenes=Path()).views == 1
 
 
 # ---- compiled

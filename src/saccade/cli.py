@@ -73,7 +73,7 @@ def demo(
     batch: Annotated[
         int | None,
         typer.Option(
-            help="Scenes to a step, over all processes that torchrun starts; by default one each, on GPUs eight each.",
+            help="Scenes to a step, over all processes that torchrun starts; by default one each, on GPUs 16 each.",
             show_default=False,
         ),
     ] = None,
@@ -84,7 +84,14 @@ def demo(
         ),
     ] = None,
     learning_rate: Annotated[float, typer.Option(help="The highest, after warming up.")] = 2e-3,
-    mirror: Annotated[bool, typer.Option("--mirror", help="Beside each scene learn from its mirror image.")] = False,
+    views: Annotated[
+        int | None,
+        typer.Option(
+            help="How often to learn from each scene, in steps apart, every second time in a mirror; by default once, "
+            "from rendered ones on GPUs four times.",
+            show_default=False,
+        ),
+    ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Train the model compiled by torch.compile.")] = False,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Use PyTorch's deterministic algorithms: equal bits in every run.")
@@ -147,7 +154,7 @@ def demo(
                 batch=batch,
                 micro_batch=micro_batch,
                 learning_rate=learning_rate,
-                mirror=mirror,
+                views=views,
                 compiled=compiled,
                 deterministic=deterministic,
                 checkpoint=checkpoint,

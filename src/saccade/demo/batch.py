@@ -47,7 +47,7 @@ class Batch:
     It goes through the pipes between processes as arrays: tensors would need room in shared memory.
     """
 
-    images: Tensor  # (B, N, 3, H, W) uint8
+    images: Tensor  # (B, N, 3, H, W) uint8; fewer than B while the device already has those of the last samples
     projection: Tensor  # (B, N, 4, 4)
     boxes: RaggedBatch  # (B, M, 11), those to be found
     labels: RaggedBatch  # (B, M)
@@ -99,7 +99,7 @@ def make_batch(samples: Sequence[Sample], stride: int) -> Batch:
     """Put samples of equal image size together, on the host.
 
     Args:
-        samples: At least one.
+        samples: At least one; those that come without images (0, 3, H, W) are the last.
         stride: Image pixels to a cell of the heatmap.
     """
     wanted = [sample.labels >= 0 for sample in samples]
@@ -107,7 +107,7 @@ def make_batch(samples: Sequence[Sample], stride: int) -> Batch:
     centers, radii, labels, lifts = zip(*(t for s in samples for t in heatmap_objects(s, stride)), strict=True)
     cells = _ragged(centers)
     return Batch(
-        images=torch.from_numpy(np.stack([s.images for s in samples])),
+        images=torch.from_numpy(np.stack([s.images for s in samples if len(s.images)])),
         projection=torch.from_numpy(np.stack([s.projection for s in samples])),
         boxes=boxes,
         labels=_ragged([s.labels[which] for s, which in zip(samples, wanted, strict=True)], boxes),

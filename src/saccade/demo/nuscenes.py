@@ -274,9 +274,9 @@ class NuScenesScenes:
     def _held_out_sample(self, index: int) -> Sample:
         return self.sample(self.held_out_tokens[index])
 
-    def training(self, step: int) -> Sample:
-        """The key frame of a step: all in random order, then all in another one, and so on."""
-        epoch, position = divmod(step, len(self.train_tokens))
+    def training(self, number: int) -> Sample:
+        """A key frame: all come in random order, then all in another one, and so on."""
+        epoch, position = divmod(number, len(self.train_tokens))
         order = np.random.default_rng([self.seed, 3, epoch]).permutation(len(self.train_tokens))
         return self.sample(self.train_tokens[order[position]])
 

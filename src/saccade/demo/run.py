@@ -28,9 +28,12 @@ from saccade.demo.model import Detector, DetectorConfig
 from saccade.demo.nuscenes import DEFAULT_VERSION, NuScenesScenes
 from saccade.demo.plots import draw_birds_eye, draw_cameras, draw_heatmaps
 from saccade.demo.progress import draw_curves, draw_progress
+from saccade.demo.recipe import LEARNING_RATE, Recipe
 from saccade.demo.sampling import draw_sampling, recorded, telling_query
 from saccade.demo.scene import IMAGE_WH
-from saccade.demo.train import LEARNING_RATE, RealFrame, Recipe, RenderedScenes, Source, Told, Trainer
+from saccade.demo.source import RealFrame, RenderedScenes, Source
+from saccade.demo.stream import num_samples
+from saccade.demo.train import Told, Trainer
 from saccade.doctor import backend
 
 OPERATORS = ("deformable_aggregation", "focal_loss", "gaussian_focal_loss", "gaussian_heatmap")
@@ -46,8 +49,10 @@ SNAPSHOT_SCORE = 0.25
 """Detections of lower scores are not shown there."""
 WARM_UP = 10
 """Steps that the throughput leaves out, if there are twice as many: the first ones compile and fill buffers."""
-GPU_BATCH = 8
+GPU_BATCH = 16
 """Scenes of a step for each GPU, where nothing else is wanted: one alone leaves it idle most of the time."""
+GPU_VIEWS = 4
+"""How often a rendered scene is learnt from there, likewise: rendering takes the host longer than the GPU learns."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class DemoOptions:
     batch: int | None = None
     micro_batch: int | None = None
     learning_rate: float = LEARNING_RATE
-    mirror: bool = False
+    views: int | None = None
     compiled: bool = False
     deterministic: bool = False
     checkpoint: Path | None = None
@@ -162,6 +167,7 @@ def _run(options: DemoOptions, recipe: Recipe, device: torch.device, ranks: Rank
         if options.evaluate is not None and isinstance(source, NuScenesScenes):
             benchmark = {"nuscenes": _benchmark(trainer, source, options.evaluate, console)}
 
+    samples = num_samples(recipe, trainer.step)
     seconds, waiting = (of_steps[resumed_at:] or of_steps for of_steps in (history.seconds, history.waiting))
     report = {
         "recall_at_2m": trained.recall,
@@ -171,11 +177,11 @@ def _run(options: DemoOptions, recipe: Recipe, device: torch.device, ranks: Rank
         "boxes": trained.boxes,
         **density_and_range(ranks.from_all(distances)),
         "samples": {
-            "trained_on": min(trainer.step * recipe.batch, source.training_samples or math.inf),
+            "trained_on": min(samples, source.training_samples or math.inf),
             "evaluated_on": len(source.held_out),
         },
         "source": str(options.nuscenes or options.frame or "rendered scenes"),
-        "trained_on": source.trained_on,
+        "trained_on": source.trained_on if source.training_samples else f"{samples} {source.trained_on}",
         "evaluated_on": source.evaluated_on,
         **benchmark,
         "steps": trainer.step,
@@ -188,7 +194,7 @@ def _run(options: DemoOptions, recipe: Recipe, device: torch.device, ranks: Rank
         "batch": recipe.batch,
         "micro_batch": recipe.micro_batch,
         "learning_rate": recipe.learning_rate,
-        "mirror": recipe.mirror,
+        "views": recipe.views,
         "ranks": ranks.count,
         "losses": {
             name: {"first": values[0], "last": mean(values[-LAST:]), "curve": [round(value, 5) for value in values]}
@@ -326,7 +332,7 @@ def _what_it_is(options: DemoOptions, recipe: Recipe) -> dict[str, Any]:
         "--batch": recipe.batch,
         "--micro-batch": recipe.micro_batch,
         "--learning-rate": recipe.learning_rate,
-        "--mirror": recipe.mirror or None,
+        "--views": recipe.views,
         "--amp": recipe.amp,
         "--frame": options.frame and str(options.frame.resolve()),
         "--nuscenes": options.nuscenes and str(options.nuscenes.resolve()),
@@ -403,6 +409,12 @@ def _checked_recipe(options: DemoOptions, device: torch.device, ranks: Ranks) ->
     micro_batch = share if options.micro_batch is None else options.micro_batch
     if micro_batch < 1 or share % micro_batch:
         raise DemoError(f"--micro-batch: expected a divisor of {share}, the scenes of a process, got {micro_batch}")
+    views = options.views
+    if views is None:
+        is_rendered = options.frame is None and options.nuscenes is None
+        views = math.gcd(micro_batch, GPU_VIEWS) if device.type == "cuda" and is_rendered else 1
+    if views < 1 or micro_batch % views:
+        raise DemoError(f"--views: expected a divisor of {micro_batch}, the scenes of a forward pass, got {views}")
     if not 0 < options.learning_rate < math.inf:
         raise DemoError(f"--learning-rate: expected a positive number, got {options.learning_rate}")
     if options.tensorboard is not None:
@@ -410,12 +422,12 @@ def _checked_recipe(options: DemoOptions, device: torch.device, ranks: Ranks) ->
     return Recipe(
         options.steps,
         options.seed,
-        batch,
-        micro_batch,
-        options.amp,
-        options.compiled,
-        options.learning_rate,
-        options.mirror,
+        batch=batch,
+        micro_batch=micro_batch,
+        views=views,
+        amp=options.amp,
+        compiled=options.compiled,
+        learning_rate=options.learning_rate,
     )
 
 
@@ -533,8 +545,12 @@ def _print_table(console: Console, report: dict[str, Any]) -> None:
     waiting = f"{report['waiting_share']:.0%} of the time spent waiting for scenes"
     speed = f"{report['step_ms']:.1f} ms (median), {report['scenes_per_second']:.1f} scenes/s"
     table.add_row("step time", f"{speed}, {waiting}")
-    how = [f"batch {report['batch']}", f"mixed precision {report['amp']}", f"seed {report['seed']}"]
-    how += ["with mirror images"] if report["mirror"] else []
+    how = [
+        f"batch {report['batch']}",
+        f"views {report['views']}",
+        f"mixed precision {report['amp']}",
+        f"seed {report['seed']}",
+    ]
     how += [name for name in ("compiled", "deterministic") if report[name]]
     table.add_row("training", ", ".join(how))
     processes = f", one of {report['ranks']} processes" if report["ranks"] > 1 else ""

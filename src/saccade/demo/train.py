@@ -1,36 +1,30 @@
-"""Training and evaluation of the demo's detector, and where its samples come from."""
+"""Training and evaluation of the demo's detector."""
 
 import math
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
 from itertools import islice
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
 
 from saccade.demo import DemoError, SampleError
 from saccade.demo.ahead import OnItsWay, made_ahead
 from saccade.demo.batch import Batch, Objects, decode_boxes, make_batch
 from saccade.demo.distribution import ALONE, Ranks
-from saccade.demo.evaluation import MAX_RANGE, Counts, Detections, match
-from saccade.demo.frame import load_frame
-from saccade.demo.geometry import Sample, mirrored, turned
+from saccade.demo.evaluation import Counts, Detections, match
+from saccade.demo.geometry import Sample
 from saccade.demo.loss import DetectionLoss
 from saccade.demo.model import Detector, Output
-from saccade.demo.scene import CAMERA_NAMES, CLASS_NAMES, scene
+from saccade.demo.recipe import Recipe
+from saccade.demo.source import Source
+from saccade.demo.stream import batches_of_steps
 
-LEARNING_RATE = 2e-3
 EVALUATED_AT_ONCE = {"cpu": 1, "cuda": 8}
 """Samples of a forward pass where nothing is learnt, by device."""
 READ_AHEAD = 8
@@ -62,148 +56,6 @@ def _apart(detections: Detections) -> np.ndarray:
         if keep[i]:
             keep[i + 1 :] &= ~beside[i + 1 :]
     return keep
-
-
-class Source(Protocol):
-    """Where samples come from."""
-
-    name: str
-    class_names: tuple[str, ...]
-    num_cams: int
-    loaders: int
-    """How many processes may make samples to learn from, where there are as many cores."""
-    training_samples: int | None
-    """Different samples to learn from; None: without end."""
-    trained_on: str
-    evaluated_on: str
-
-    @property
-    def held_out(self) -> Sequence[Sample]:
-        """The samples for evaluation."""
-        ...
-
-    def training(self, step: int) -> Sample:
-        """The sample to learn from at a step; the same whenever it is asked for. A step of B samples counts as B."""
-        ...
-
-    def shown(self, image_wh: tuple[int, int]) -> tuple[Sample, Sample]:
-        """One of the evaluated samples, and the same with images of another size for the pictures."""
-        ...
-
-
-class RenderedScenes:
-    """Rendered scenes: new ones at every step, others held out for evaluation."""
-
-    class_names: tuple[str, ...] = CLASS_NAMES
-    num_cams = len(CAMERA_NAMES)
-    loaders = 32
-    training_samples: int | None = None
-    trained_on = "rendered scenes, each learnt from at one step"
-
-    def __init__(self, seed: int, held_out: int):
-        self.seed = seed
-        self.name = "held-out scene"
-        self.evaluated_on = f"{held_out} held-out scenes"
-        self.held_out = [scene(seed, "held-out", index) for index in range(held_out)]
-
-    def training(self, step: int) -> Sample:
-        """A scene that was never seen before."""
-        return scene(self.seed, "train", step)
-
-    def shown(self, image_wh: tuple[int, int]) -> tuple[Sample, Sample]:
-        """The first held-out scene."""
-        sample = self.held_out[0]
-        # With more pixels, one more of the boxes that are hardly seen might count.
-        return sample, replace(scene(self.seed, "held-out", 0, image_wh), labels=sample.labels)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For the processes that make scenes to learn from; those held out are large."""
-        return {**vars(self), "held_out": []}
-
-
-class RealFrame:
-    """One frame from a directory, learnt by heart: it is what the detector is evaluated on, too."""
-
-    loaders = 4
-    training_samples: int | None = 1
-    evaluated_on = "one frame, which it was trained on"
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self.name = self.trained_on = f"frame {directory.resolve().name}"
-        sample = load_frame(directory)
-        # Boxes that are not counted are not to be learnt either.
-        far = np.hypot(sample.boxes[:, 0], sample.boxes[:, 1]) > MAX_RANGE
-        self.held_out = [replace(sample, labels=np.where(far, -1, sample.labels))]
-        self.class_names = sample.class_names
-        self.num_cams = len(sample.camera_names)
-
-    def training(self, step: int) -> Sample:
-        """The frame."""
-        return self.held_out[0]
-
-    def shown(self, image_wh: tuple[int, int]) -> tuple[Sample, Sample]:
-        """The frame."""
-        return self.held_out[0], replace(load_frame(self.directory, image_wh), labels=self.held_out[0].labels)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train. The same recipe, source and model give the same losses."""
-
-    steps: int
-    seed: int = 0
-    batch: int = 1
-    """Samples of a step, in all processes together."""
-    micro_batch: int = 1
-    """Samples of a forward pass, over which batch normalization takes its statistics."""
-    amp: str = "off"
-    compiled: bool = False
-    learning_rate: float = LEARNING_RATE
-    mirror: bool = False
-    """Beside every sample learn from its mirror image, in the same forward pass."""
-
-
-class _Stream(Dataset[list[Batch] | DemoError]):
-    """The samples of each step that fall to one process, turned, as the batches of its forward passes."""
-
-    def __init__(self, source: Source, recipe: Recipe, ranks: Ranks, stride: int):
-        self.source = source
-        self.batch = recipe.batch
-        self.micro_batch = recipe.micro_batch
-        self.mirror = recipe.mirror
-        self.stride = stride
-        self.share = recipe.batch // ranks.count
-        self.before = ranks.index * self.share
-        self.angles = np.random.default_rng([recipe.seed, 2]).uniform(-math.pi, math.pi, recipe.steps * recipe.batch)
-
-    def __getitem__(self, step: int) -> list[Batch] | DemoError:
-        first = step * self.batch + self.before
-        try:
-            # Which way the vehicle points must not matter: turn the coordinates under what the cameras see.
-            samples = [turned(self.source.training(i), self.angles[i]) for i in range(first, first + self.share)]
-        except DemoError as error:
-            return error  # raised here, it would reach the user wrapped in this process's traceback
-        passes = [samples[i : i + self.micro_batch] for i in range(0, self.share, self.micro_batch)]
-        if self.mirror:
-            passes = [[*together, *map(mirrored, together)] for together in passes]
-        return [make_batch(together, self.stride) for together in passes]
-
-
-def _as_it_is(batches: Any) -> Any:
-    return batches
-
-
-def _end_with_the_trainer(_: int) -> None:
-    """Leaves Ctrl-C to the trainer's process, and ends this one with it, however that one ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    trainer: Any = multiprocessing.parent_process()
-
-    def end() -> None:
-        trainer.join()
-        os._exit(1)  # an orderly exit waits until samples are taken out of a pipe that nobody reads any more
-
-    threading.Thread(target=end, daemon=True).start()
 
 
 class Told:
@@ -288,22 +140,6 @@ class Trainer:
         dtype = torch.float16 if self.recipe.amp == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.recipe.amp != "off")
 
-    def _made_ahead(self) -> Iterator[list[Batch] | DemoError]:
-        """The batches of the steps to come, made by other processes."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        loader = DataLoader(
-            _Stream(self.source, self.recipe, self.ranks, self.model.STRIDE),
-            batch_size=None,
-            sampler=range(self.step, self.recipe.steps),
-            # This process needs a core for itself, and on a GPU one for the gradients.
-            num_workers=max(1, min(self.source.loaders, cores // self.ranks.local_count - 2)),
-            collate_fn=_as_it_is,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_end_with_the_trainer,
-            generator=torch.Generator(),  # so that nothing is drawn from the generator of all
-        )
-        return iter(loader)
-
     def train(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[Told]:
         """Train what is left of the steps, telling of each as soon as the device knows what to do.
 
@@ -312,20 +148,13 @@ class Trainer:
         """
         if self.step == self.recipe.steps:
             return
-        made_ahead = self._made_ahead()
+        steps = batches_of_steps(self.source, self.recipe, self.ranks, self.model.STRIDE, self.device, self.step)
         while True:
             before = time.perf_counter()
-            try:
-                batches = next(made_ahead, None)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise SampleError(f"a process that makes samples was ended: {error}") from error
+            batches = next(steps, None)
             waited = time.perf_counter() - before
             if batches is None:
                 return
-            if isinstance(batches, DemoError):
-                raise SampleError(str(batches)) from batches
             self.model.train()
             self.optimizer.zero_grad(set_to_none=True)
             losses = self._backward(batches)
@@ -353,8 +182,7 @@ class Trainer:
         counts = torch.tensor([batch.objects(self.model.config.num_anchors) for batch in batches]).sum(0)
         objects = Objects(*self.ranks.sum(counts).tolist())
         told: dict[str, Tensor] = {}
-        for index, made in enumerate(batches):
-            batch = made.to(self.device)
+        for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with nullcontext() if last or self.ranks.count == 1 else self._trained.no_sync():
                 with self._autocast():
