@@ -137,8 +137,8 @@ def _run_demo(only: str, console: Console, machine: dict[str, str]) -> list[dict
     with console.status("demo") as status:
         of_demo = list(demo.records(status.update, lambda workload: only in ("demo", workload)))
     of_demo = [record | machine for record in of_demo]
-    columns = tables.throughput_columns(of_demo)
-    console.print(_table(f"{tables.THROUGHPUT}: demo on {machine['gpu']}", columns, [], is_wide=console.width >= 180))
+    for title, (_, columns) in tables.of_training(of_demo).items():
+        console.print(_table(f"{title}: demo on {machine['gpu']}", columns, [], is_wide=console.width >= 180))
     return of_demo
 
 

@@ -2,7 +2,8 @@
 
 ``mkdocs.yml`` names this file. Where a page says ``<!-- results: aggregation feature_maps_format -->``, the records of
 ``results/h200.json`` whose workloads begin with these names appear, so that no figure in the documentation is typed.
-``<!-- throughput: demo -->`` is the same for the training on several GPUs, which may not be measured yet.
+``<!-- throughput: demo -->`` is the same for the training on several GPUs, and ``<!-- learnt: demo -->`` for what is
+learnt in some time; these may not be measured yet.
 """
 
 import json
@@ -17,8 +18,9 @@ RESULTS = Path(__file__).parent / "results" / "h200.json"
 RECORDED_ON = "H200"  # where the times that are recorded, not measured, were taken
 CLOCKS = {"device": "Device time, microseconds", "wall": "Wall time, microseconds"}
 THROUGHPUT = "Scenes a second"
+LEARNT = "What is learnt"
 
-_MARKER = re.compile(r"<!-- (results|throughput): (.*?) -->")
+_MARKER = re.compile(r"<!-- (results|throughput|learnt): (.*?) -->")
 
 
 class Column(NamedTuple):
@@ -98,6 +100,31 @@ def throughput_columns(records: Sequence[Record]) -> list[Column]:
     return table
 
 
+def learnt_columns(records: Sequence[Record]) -> list[Column]:
+    """What the demo's detector learns: a row for each workload."""
+    table = [Column(title, [record[title] for record in records], is_text=True) for title in ("workload", "dtype")]
+    for title, key, form in (
+        ("seconds", "seconds", "{:.0f}"),
+        ("steps", "steps", "{}"),
+        ("scenes", "scenes", "{}"),
+        ("views of each", "views", "{}"),
+        ("recall at 2 m", "recall_at_2m", "{:.3f}"),
+        ("precision", "precision", "{:.3f}"),
+        ("control recall", "control_recall", "{:.3f}"),
+        ("untrained recall", "untrained_recall", "{:.3f}"),
+    ):
+        table.append(Column(title, [form.format(record[key]) for record in records]))
+    return table
+
+
+def of_training(records: Sequence[Record]) -> dict[str, tuple[list[Record], list[Column]]]:
+    """The tables of the demo's training by title, with their records; without those that nothing is in."""
+    learnt = [record for record in records if "recall_at_2m" in record]
+    timed = [record for record in records if "recall_at_2m" not in record]
+    tables = {THROUGHPUT: (timed, throughput_columns(timed)), LEARNT: (learnt, learnt_columns(learnt))}
+    return {title: table for title, table in tables.items() if table[0]}
+
+
 def _markdown_table(table: Sequence[Column]) -> str:
     rows = zip(*(column.cells for column in table), strict=True)
     lines = [[column.title for column in table], ["---" if column.is_text else "---:" for column in table], *rows]
@@ -124,11 +151,13 @@ def markdown(records: Sequence[Record]) -> str:
     return "\n\n".join(parts)
 
 
-def throughput_markdown(records: Sequence[Record]) -> str:
-    """The table of the training on several GPUs, and what it was taken on."""
-    if not records:
+def training_markdown(records: Sequence[Record], title: str) -> str:
+    """One of the tables of the demo's training, and what it was taken on."""
+    found = of_training(records)
+    if title not in found:
         return f"Not measured yet: `{RESULTS.name}` has no such records."
-    return f"**{THROUGHPUT}**, {_taken_on(records)}.\n\n{_markdown_table(throughput_columns(records))}"
+    taken, table = found[title]
+    return f"**{title}**, {_taken_on(taken)}.\n\n{_markdown_table(table)}"
 
 
 def with_results(text: str, records: Sequence[Record]) -> str:
@@ -140,8 +169,8 @@ def with_results(text: str, records: Sequence[Record]) -> str:
 
     def tables(marker: re.Match[str]) -> str:
         named = [record for record in records if record["workload"].split("/")[0] in marker[2].split()]
-        if marker[1] == "throughput":
-            return throughput_markdown(named)
+        if marker[1] != "results":
+            return training_markdown(named, THROUGHPUT if marker[1] == "throughput" else LEARNT)
         if not named:
             raise ValueError(f"{marker[0]}: {RESULTS.name} has no such record")
         return markdown(named)

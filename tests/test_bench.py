@@ -43,7 +43,8 @@ PASSES = {
     *("forward", "backward", "backward-deterministic", "forward+backward"),
     *("redraw", "clear+draw", "redraw-concatenated", "clear+draw-concatenated", "ten-calls", "kernel", "training"),
 }
-OF_TRAINING = {"gpus", "cores", "batch", "steps", "scenes_per_second"}
+OF_TRAINING = {"gpus", "cores", "batch", "views", "steps", "scenes_per_second"}
+OF_WHAT_IS_LEARNT = {"seconds", "scenes", "recall_at_2m", "precision", "control_recall", "untrained_recall"}
 
 runner = CliRunner()
 
@@ -945,28 +946,37 @@ def several_gpus(clock, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
 
 
-def a_report(gpus: int) -> dict:
+def a_report(gpus: int, training: demo.Training = demo.TRAININGS["training"]) -> dict:
     """What is read of the report that `saccade demo --json` writes."""
-    report = {"scenes_per_second": 100.0 * gpus**0.5, "step_ms": 160.0 * gpus**0.5, "batch": 16 * gpus, "steps": 100}
+    report = {"scenes_per_second": 100.0 * gpus**0.5, "step_ms": 160.0 * gpus**0.5, "batch": 16 * gpus, "views": 4}
+    report |= {"steps": training.steps or 300, "seconds": 118.4, "samples": {"trained_on": 6000}}
+    report |= {"recall_at_2m": 0.9, "precision": 0.8, "control_recall": 0.01, "untrained_recall": 0.0}
     return report | {"losses": {"total": {"last": 3.5}}, "backends": {"focal_loss": "triton", "ragged": "triton"}}
 
 
 @pytest.fixture
 def reported(several_gpus, monkeypatch):
-    """Runs of the demo that were reported, not made: their names, numbers of GPUs and options."""
+    """Runs of the demo that were reported, not made: their names, numbers of GPUs and what they train."""
     runs = []
-    monkeypatch.setattr(demo, "_trained", lambda *run: runs.append(run) or a_report(run[1]))
+    monkeypatch.setattr(demo, "_trained", lambda *run: runs.append(run) or a_report(*run[1:]))
     return runs
 
 
 def test_how_the_demo_is_started(tmp_path):
-    of_demo = ["-m", "saccade", "demo", "--device", "cuda", "--steps", "100", "--batch"]
-    files = ["--curve-every", "0", "--out", str(tmp_path), "--json", str(tmp_path / "report.json")]
-    assert demo.command(1, [], tmp_path) == [sys.executable, *of_demo, "16", *files]
+    def options(steps: int, batch: int) -> list[str]:
+        size = ["--steps", str(steps), "--batch", str(batch), "--curve-every", "0"]
+        return ["-m", "saccade", "demo", "--device", "cuda", *size]
+
+    files = ["--out", str(tmp_path), "--json", str(tmp_path / "report.json")]
+    compiled = ["--amp", "bf16", "--compile", "--views", "8"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    compiled = ["--amp", "bf16", "--compile"]
-    options = [*files[:2], *compiled, *files[2:]]
-    assert demo.command(4, compiled, tmp_path) == [sys.executable, *torchrun, *of_demo, "64", *options]
+    for name, gpus, expected in (
+        ("training", 1, [*options(300, 16), *files]),
+        ("training-compiled", 4, [*torchrun, *options(300, 64), *compiled, *files]),
+        ("two-minutes", 1, [*options(1900, 16), *files]),
+        ("two-minutes-compiled", 1, [*options(2500, 16), *compiled, *files]),
+    ):
+        assert demo.command(gpus, demo.TRAININGS[name], tmp_path) == [sys.executable, *expected]
 
 
 def test_the_environment_of_the_demo(monkeypatch):
@@ -980,32 +990,31 @@ def test_the_environment_of_the_demo(monkeypatch):
 def test_records_of_training(reported, tmp_path):
     result = runner.invoke(app, ["bench", "--only", "demo", "--json", str(tmp_path / "results.json")])
     assert result.exit_code == 0, result.output
-    compiled = ["--amp", "bf16", "--compile"]
+    runs = [("training", 1), ("training", 2), ("training-compiled", 1), ("training-compiled", 2)]
+    runs += [("two-minutes", 1), ("two-minutes-compiled", 1)]
     assert reported == [
-        ("demo/training on 1 GPU", 1, []),
-        ("demo/training on 2 GPUs", 2, []),
-        ("demo/training-compiled on 1 GPU", 1, compiled),
-        ("demo/training-compiled on 2 GPUs", 2, compiled),
+        (f"demo/{name} on {gpus} GPU{'s' * (gpus > 1)}", gpus, demo.TRAININGS[name]) for name, gpus in runs
     ]
     records = json.loads((tmp_path / "results.json").read_text())
     subjects = [(record["workload"], record["dtype"], record["gpus"], record["batch"]) for record in records]
     assert subjects == [
-        ("demo/training", "float32", 1, 16),
-        ("demo/training", "float32", 2, 32),
-        ("demo/training-compiled", "bfloat16", 1, 16),
-        ("demo/training-compiled", "bfloat16", 2, 32),
+        (f"demo/{name}", "bfloat16" if "compiled" in name else "float32", gpus, 16 * gpus) for name, gpus in runs
     ]
     for record in records:
-        assert set(record) == KEYS | OF_TRAINING
-        assert (record["pass"], record["clock"], record["steps"]) == ("training", "wall", 100)
+        is_judged = "two-minutes" in record["workload"]
+        assert set(record) == KEYS | OF_TRAINING | (OF_WHAT_IS_LEARNT if is_judged else set())
+        assert (record["pass"], record["clock"], record["views"]) == ("training", "wall", 4)
         assert record["saccade_us"] == pytest.approx(160e3 * record["gpus"] ** 0.5)
         assert record["scenes_per_second"] == pytest.approx(100 * record["gpus"] ** 0.5)
         assert record["backend"] == "triton"
         assert record["cores"] >= 1
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.output.splitlines() if "│" in line]
+    learnt = ["6000", "4", "0.900", "0.800", "0.010", "0.000"]
     assert lines == [
         ["demo/training", "float32", "100", "141", "1.41x"],
         ["demo/training-compiled", "bfloat16", "100", "141", "1.41x"],
+        ["demo/two-minutes", "float32", "118", "1900", *learnt],
+        ["demo/two-minutes-compiled", "bfloat16", "118", "2500", *learnt],
     ]
 
 
@@ -1082,7 +1091,7 @@ def test_training_that_takes_too_long_is_ended_with_all_its_processes(several_gp
     monkeypatch.setattr(demo, "GPUS", (2,))
     monkeypatch.setattr(demo.subprocess, "Popen", Hurried)
     message = refused(clock, tmp_path, "--only", "demo/training")
-    assert "demo/training on 2 GPUs took longer than 180 s; its last lines:" in message
+    assert "demo/training on 2 GPUs took longer than 300 s; its last lines:" in message
     assert len(ranks()) == 2
     for rank in ranks():
         with pytest.raises(ProcessLookupError):
@@ -1161,8 +1170,28 @@ def test_markdown_of_training():
     )
 
 
-def test_training_that_was_not_measured_is_said_to_be_so():
-    page = tables.with_results("before <!-- throughput: demo --> after", [a_record()])
+def test_markdown_of_what_is_learnt():
+    learnt = {"steps": 1900, "seconds": 118.4, "scenes": 8608, "views": 4, "untrained_recall": 0.0}
+    learnt |= {"recall_at_2m": 0.8941, "precision": 0.9059, "control_recall": 0.0194}
+    records = [a_training(1, 123.4), a_training(1, 320.0, workload="demo/two-minutes", **learnt)]
+    page = tables.with_results("<!-- throughput: demo -->\n\n\n<!-- learnt: demo -->", records)
+    throughput, table = page.split("\n\n\n")
+    assert "two-minutes" not in throughput
+    assert table == "\n".join(
+        [
+            f"**What is learnt**, taken on NVIDIA H200, 64 CPU cores, torch 2.11.0, Triton 3.6.0, commit `{'a' * 10}`.",
+            "",
+            "| workload | dtype | seconds | steps | scenes | views of each | recall at 2 m | precision "
+            "| control recall | untrained recall |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            "| demo/two-minutes | float32 | 118 | 1900 | 8608 | 4 | 0.894 | 0.906 | 0.019 | 0.000 |",
+        ]
+    )
+
+
+@pytest.mark.parametrize("marker", ["throughput", "learnt"])
+def test_training_that_was_not_measured_is_said_to_be_so(marker):
+    page = tables.with_results(f"before <!-- {marker}: demo --> after", [a_record()])
     assert page == "before Not measured yet: `h200.json` has no such records. after"
 
 
@@ -1210,8 +1239,9 @@ def test_the_documentation_shows_every_committed_result():
     for record in RESULTS:
         start = f"| {record['workload']} | {record['dtype']} | "
         if record in TRAININGS:
-            scenes = f" | {tables.time_text(record['scenes_per_second'])} |"
-            assert any(row.startswith(start) and scenes in row for row in rows)
+            figure = f"{record['recall_at_2m']:.3f}" if "recall_at_2m" in record else None
+            figure = figure or tables.time_text(record["scenes_per_second"])
+            assert any(row.startswith(start) and f" | {figure} |" in row for row in rows)
         else:
             assert any(row.startswith(f"{start}{record['pass']} | ") for row in rows)
     assert "tables.py" in (ROOT / "mkdocs.yml").read_text()

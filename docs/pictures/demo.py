@@ -1,7 +1,7 @@
 """Makes the pictures of the page on the demo: ``python docs/pictures/demo.py`` in a checkout.
 
-They are what ``saccade demo --batch 8 --mirror --steps 1700`` draws on a GPU, with fewer pixels and colours. That takes
-about three minutes, and on two CPU cores hours. Or name the folder of such a run: ``python docs/pictures/demo.py
+They are what ``saccade demo --steps 2200`` draws on a GPU, with fewer pixels and colours. That takes about three minutes.
+On a CPU the same command takes fewer scenes to a step. Or name the folder of such a run: ``python docs/pictures/demo.py
 demo-output``. How well boxes are found, down to single ones, depends on how the machine rounds.
 """
 
@@ -38,6 +38,6 @@ if __name__ == "__main__":
         take(drawn)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            options = ["--batch", "8", "--mirror", "--steps", "1700", "--out", folder]
+            options = ["--steps", "2200", "--out", folder]
             subprocess.run([sys.executable, "-m", "saccade", "demo", *options], check=True)
             take(Path(folder))

@@ -32,7 +32,7 @@ from saccade.demo.recipe import LEARNING_RATE, Recipe
 from saccade.demo.sampling import draw_sampling, recorded, telling_query
 from saccade.demo.scene import IMAGE_WH
 from saccade.demo.source import RealFrame, RenderedScenes, Source
-from saccade.demo.stream import num_samples
+from saccade.demo.stream import VIEWS_APART, num_samples
 from saccade.demo.train import Told, Trainer
 from saccade.doctor import backend
 
@@ -48,7 +48,10 @@ SNAPSHOTS = 12
 SNAPSHOT_SCORE = 0.25
 """Detections of lower scores are not shown there."""
 WARM_UP = 10
-"""Steps that the throughput leaves out, if there are twice as many: the first ones compile and fill buffers."""
+"""Steps that the throughput leaves out, if there are twice as many: the first ones compile and fill buffers.
+
+With several views also those in which all scenes are seen for the first time.
+"""
 GPU_BATCH = 16
 """Scenes of a step for each GPU, where nothing else is wanted: one alone leaves it idle most of the time."""
 GPU_VIEWS = 4
@@ -168,7 +171,9 @@ def _run(options: DemoOptions, recipe: Recipe, device: torch.device, ranks: Rank
             benchmark = {"nuscenes": _benchmark(trainer, source, options.evaluate, console)}
 
     samples = num_samples(recipe, trainer.step)
-    seconds, waiting = (of_steps[resumed_at:] or of_steps for of_steps in (history.seconds, history.waiting))
+    seconds, waiting = (
+        _steady(of_steps[resumed_at:] or of_steps, recipe) for of_steps in (history.seconds, history.waiting)
+    )
     report = {
         "recall_at_2m": trained.recall,
         "precision": trained.precision,
@@ -189,8 +194,8 @@ def _run(options: DemoOptions, recipe: Recipe, device: torch.device, ranks: Rank
         "resumed_at": resumed_at,
         "seconds": sum(history.seconds),
         "step_ms": 1e3 * median(history.seconds),
-        "scenes_per_second": recipe.batch * len(_steady(seconds)) / sum(_steady(seconds)),
-        "waiting_share": sum(_steady(waiting)) / sum(_steady(seconds)),
+        "scenes_per_second": recipe.batch * len(seconds) / sum(seconds),
+        "waiting_share": sum(waiting) / sum(seconds),
         "batch": recipe.batch,
         "micro_batch": recipe.micro_batch,
         "learning_rate": recipe.learning_rate,
@@ -341,8 +346,9 @@ def _what_it_is(options: DemoOptions, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _steady(of_steps: list[float]) -> list[float]:
-    return of_steps[WARM_UP:] if len(of_steps) >= 2 * WARM_UP else of_steps
+def _steady(of_steps: list[float], recipe: Recipe) -> list[float]:
+    left_out = WARM_UP if recipe.views == 1 else max(WARM_UP, VIEWS_APART)
+    return of_steps[left_out:] if len(of_steps) >= 2 * left_out else of_steps
 
 
 def distances_to_find(sample: Sample) -> np.ndarray:
