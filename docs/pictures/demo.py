@@ -1,8 +1,8 @@
 """Makes the pictures of the page on the demo: ``python docs/pictures/demo.py`` in a checkout.
 
-They are what ``saccade demo --steps 2200`` draws on a GPU, with fewer pixels and colours. That takes about three minutes.
-On a CPU the same command takes fewer scenes to a step. Or name the folder of such a run: ``python docs/pictures/demo.py
-demo-output``. How well boxes are found, down to single ones, depends on how the machine rounds.
+They are what ``saccade demo --steps 2200`` draws on a GPU, with fewer pixels and colours. That takes about three
+minutes; on a CPU the same command takes fewer scenes to a step. Or name the folder of such a run: ``python
+docs/pictures/demo.py demo-output``. How well boxes are found, down to single ones, depends on how the machine rounds.
 """
 
 import argparse
