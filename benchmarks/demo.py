@@ -22,7 +22,7 @@ DEVICE = "cuda"
 PROGRAM = ["-m", "saccade"]
 GPUS = (1, 2, 4)
 BATCH = 16  # scenes to a step, for each GPU
-STEPS = 300  # of the throughput, the demo leaves out the first 84, in which it compiles and sees all scenes first
+STEPS = 300  # the demo leaves the first 84 out of its throughput, in which it compiles and renders every scene
 LIMIT_S = 300
 END_S = 45  # torchrun gives its processes 30 s to end
 TOLD_LINES = 100  # of which torchrun's own account of a failure, behind the cause, takes forty
@@ -35,7 +35,7 @@ class Training(NamedTuple):
 
     dtype: str
     options: list[str]
-    steps: int | None = None  # if it is made to learn something, as many as two minutes allow; otherwise ``STEPS``
+    steps: int | None = None  # if it is made to learn something: as many as an H200 makes in two minutes
 
     @property
     def gpus(self) -> tuple[int, ...]:

@@ -130,7 +130,7 @@ def _run_protocol(console: Console, quick: bool, machine: dict[str, str]) -> lis
 
 
 def _run_demo(only: str, console: Console, machine: dict[str, str]) -> list[dict[str, Any]]:
-    """Time the training of the demo, in which every operator is at work."""
+    """Train the demo's detector, with every operator at work."""
     for suite in SUITES.values():
         for operator in suite:
             _check(operator)
@@ -138,7 +138,7 @@ def _run_demo(only: str, console: Console, machine: dict[str, str]) -> list[dict
         of_demo = list(demo.records(status.update, lambda workload: only in ("demo", workload)))
     of_demo = [record | machine for record in of_demo]
     for title, (_, columns) in tables.of_training(of_demo).items():
-        console.print(_table(f"{title}: demo on {machine['gpu']}", columns, [], is_wide=console.width >= 180))
+        console.print(_table(f"{title}: demo on {machine['gpu']}", columns, [], is_wide=True))
     return of_demo
 
 

@@ -107,7 +107,7 @@ def learnt_columns(records: Sequence[Record]) -> list[Column]:
         ("seconds", "seconds", "{:.0f}"),
         ("steps", "steps", "{}"),
         ("scenes", "scenes", "{}"),
-        ("views of each", "views", "{}"),
+        ("--views", "views", "{}"),
         ("recall at 2 m", "recall_at_2m", "{:.3f}"),
         ("precision", "precision", "{:.3f}"),
         ("control recall", "control_recall", "{:.3f}"),

@@ -1181,7 +1181,7 @@ def test_markdown_of_what_is_learnt():
         [
             f"**What is learnt**, taken on NVIDIA H200, 64 CPU cores, torch 2.11.0, Triton 3.6.0, commit `{'a' * 10}`.",
             "",
-            "| workload | dtype | seconds | steps | scenes | views of each | recall at 2 m | precision "
+            "| workload | dtype | seconds | steps | scenes | --views | recall at 2 m | precision "
             "| control recall | untrained recall |",
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
             "| demo/two-minutes | float32 | 118 | 1900 | 8608 | 4 | 0.894 | 0.906 | 0.019 | 0.000 |",

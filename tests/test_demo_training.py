@@ -398,13 +398,18 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         (["--seed", 1], "was made with --seed 0, not with --seed 1"),
         (["--batch", 2], "was made with --batch 1, not with --batch 2"),
         (["--learning-rate", 0.001], "was made with --learning-rate 0.002, not with --learning-rate 0.001"),
-        (["--batch", 2, "--views", 2], "was made with --batch 1, not with --batch 2"),
         (["--amp", "bf16"], "was made with --amp off, not with --amp bf16"),
         (["--frame", "/f"], "was made without --frame, not with --frame /f"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(undisturbed, options, message):
     refused(undisturbed, message, *options)
+
+
+def test_other_views_are_another_run(tmp_path):
+    file = tmp_path / "c.pt"
+    assert demo("--steps", 7, "--batch", 2, "--checkpoint", file, "--out", tmp_path).exit_code == 0
+    refused(file, "was made with --views 1, not with --views 2", "--batch", 2, "--views", 2)
 
 
 def test_what_names_the_same_data_is_the_same_run():
@@ -663,6 +668,15 @@ def test_ranks_share_the_passes_of_one_process(views):
     of_ranks = [batch for index in range(2) for batch in all_new(1, recipe, Ranks(index, 2))]
     assert len(of_ranks) == 4
     assert_same_batches(of_ranks, all_new(1, recipe))
+
+
+@pytest.mark.parametrize(
+    ("views", "steps", "left_out"),
+    [(1, 19, 0), (1, 20, 10), (1, 400, 10), (4, 19, 0), (4, 20, 10), (4, 167, 10), (4, 168, 84), (4, 400, 84)],
+)
+def test_the_throughput_leaves_out_steps_unlike_the_later_ones(views, steps, left_out):
+    recipe = Recipe(1000, batch=4, micro_batch=4, views=views)
+    assert run._steady(list(map(float, range(steps))), recipe) == list(map(float, range(left_out, steps)))
 
 
 def test_resumed_between_two_views_the_losses_are_the_same(two_steps_apart):

@@ -87,8 +87,8 @@ def demo(
     views: Annotated[
         int | None,
         typer.Option(
-            help="How often to learn from each scene, in steps apart, every second time in a mirror; by default once, "
-            "from rendered ones on GPUs four times.",
+            help="Learn from each scene up to so many times, 84 steps apart, every second time in a mirror. Must "
+            "divide the scenes to a forward pass. By default 4 for rendered scenes on GPUs, if it does, otherwise 1.",
             show_default=False,
         ),
     ] = None,
@@ -120,10 +120,10 @@ def demo(
 ) -> None:
     """Train a small sparse multi-camera detector from scratch, and show what it learnt.
 
-    Without --frame and --nuscenes it learns from rendered scenes, new ones at every step, and is evaluated on others.
-    torchrun --nproc-per-node N -m saccade demo trains in N processes. Ctrl-C ends training early: what there is then is
-    saved, evaluated and drawn, and the status is 130; a second one ends at once. Under torchrun
-    the status is 1, and what is not done after 30 s is killed; the checkpoint is written first.
+    Without --frame and --nuscenes it learns from rendered scenes, and is evaluated on others. torchrun --nproc-per-node
+    N -m saccade demo trains in N processes. Ctrl-C ends training early: what there is then is saved, evaluated and
+    drawn, and the status is 130; a second one ends at once. Under torchrun the status is 1, and what is not done after
+    30 s is killed; the checkpoint is written first.
     """
     import torch
 
@@ -182,7 +182,7 @@ def bench(
         str | None,
         typer.Option(
             help="One suite, aggregation, losses, heatmap, ragged or demo, or one workload, such as "
-            "aggregation/det-b1. demo, which is training on 1, 2 and 4 GPUs and takes minutes, is timed only if named.",
+            "aggregation/det-b1. demo trains on 1, 2 and 4 GPUs, and for two minutes on one; it is run only if named.",
             show_default=False,
         ),
     ] = None,

@@ -16,7 +16,7 @@ class Recipe:
     micro_batch: int = 1
     """Samples of a forward pass, over which batch normalization takes its statistics."""
     views: int = 1
-    """How often each sample is learnt from, each time turned otherwise, and every second time in a mirror."""
+    """How often a sample is learnt from at most, each time turned otherwise, and every second time in a mirror."""
     amp: str = "off"
     compiled: bool = False
     learning_rate: float = LEARNING_RATE

@@ -50,12 +50,12 @@ SNAPSHOT_SCORE = 0.25
 WARM_UP = 10
 """Steps that the throughput leaves out, if there are twice as many: the first ones compile and fill buffers.
 
-With several views also those in which all scenes are seen for the first time.
+With several views it leaves out those in which all scenes are new, likewise.
 """
 GPU_BATCH = 16
 """Scenes of a step for each GPU, where nothing else is wanted: one alone leaves it idle most of the time."""
 GPU_VIEWS = 4
-"""How often a rendered scene is learnt from there, likewise: rendering takes the host longer than the GPU learns."""
+"""How often a rendered scene is learnt from there, likewise: a GPU learns faster than its host renders."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _run(options: DemoOptions, recipe: Recipe, device: torch.device, ranks: Rank
         "interrupted": trainer.step < steps,
         "resumed_at": resumed_at,
         "seconds": sum(history.seconds),
-        "step_ms": 1e3 * median(history.seconds),
+        "step_ms": 1e3 * median(seconds),
         "scenes_per_second": recipe.batch * len(seconds) / sum(seconds),
         "waiting_share": sum(waiting) / sum(seconds),
         "batch": recipe.batch,
@@ -347,8 +347,9 @@ def _what_it_is(options: DemoOptions, recipe: Recipe) -> dict[str, Any]:
 
 
 def _steady(of_steps: list[float], recipe: Recipe) -> list[float]:
-    left_out = WARM_UP if recipe.views == 1 else max(WARM_UP, VIEWS_APART)
-    return of_steps[left_out:] if len(of_steps) >= 2 * left_out else of_steps
+    all_new = VIEWS_APART if recipe.views > 1 else 0
+    left_out = [steps for steps in (all_new, WARM_UP, 0) if len(of_steps) >= 2 * steps]
+    return of_steps[left_out[0] :]
 
 
 def distances_to_find(sample: Sample) -> np.ndarray:

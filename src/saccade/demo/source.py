@@ -41,7 +41,7 @@ class Source(Protocol):
 
 
 class RenderedScenes:
-    """Rendered scenes: new ones at every step, others held out for evaluation."""
+    """Rendered scenes without end, others held out for evaluation."""
 
     class_names: tuple[str, ...] = CLASS_NAMES
     num_cams = len(CAMERA_NAMES)
@@ -56,7 +56,7 @@ class RenderedScenes:
         self.held_out = [scene(seed, "held-out", index) for index in range(held_out)]
 
     def training(self, number: int) -> Sample:
-        """A scene that was never seen before."""
+        """The scene of that number."""
         return scene(self.seed, "train", number)
 
     def shown(self, image_wh: tuple[int, int]) -> tuple[Sample, Sample]:
