@@ -348,8 +348,7 @@ def _what_it_is(options: DemoOptions, recipe: Recipe) -> dict[str, Any]:
 
 def _steady(of_steps: list[float], recipe: Recipe) -> list[float]:
     all_new = VIEWS_APART if recipe.views > 1 else 0
-    left_out = [steps for steps in (all_new, WARM_UP, 0) if len(of_steps) >= 2 * steps]
-    return of_steps[left_out[0] :]
+    return of_steps[max(steps for steps in (0, WARM_UP, all_new) if len(of_steps) >= 2 * steps) :]
 
 
 def distances_to_find(sample: Sample) -> np.ndarray:
