@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,7 +38,7 @@ from saccade.demo.recipe import Recipe
 from saccade.demo.run import DemoOptions, _checked_recipe, _what_it_is, density_and_range
 from saccade.demo.scene import scene
 from saccade.demo.source import RenderedScenes
-from saccade.demo.stream import VIEWS_APART, Stream, num_samples
+from saccade.demo.stream import VIEWS_APART, SeenImages, Stream, batches_of_steps, num_samples
 from saccade.demo.train import Trainer, decode
 from small_demo import IMAGE_WH, SmallScenes, after_step, make_small, small_config
 
@@ -622,13 +623,14 @@ def assert_same_batches(one: Sequence[Batch], other: Sequence[Batch]) -> None:
                 assert vars(batch)[name] == value, name
 
 
-def test_what_is_seen_again_is_what_would_be_made_again(monkeypatch, two_steps_apart):
-    seen = []
-    trainer = Trainer(SmallScenes(0, 0), small_detector(), torch.device("cpu"), RECIPE)
-    monkeypatch.setattr(trainer, "_backward", lambda batches: seen.append(batches) or {"total": torch.zeros(())})
-    list(trainer.train())
-    assert len(seen) == 7
-    for step, batches in enumerate(seen):
+@pytest.mark.parametrize("cores", [1, 4])
+def test_what_is_seen_again_is_what_would_be_made_again(monkeypatch, two_steps_apart, cores):
+    """With one loader, and with two."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    source, device = SmallScenes(0, 0), torch.device("cpu")
+    made = list(batches_of_steps(source, RECIPE, ALONE, Detector.STRIDE, device, done=0))
+    assert len(made) == 7
+    for step, batches in enumerate(made):
         assert_same_batches(batches, all_new(step))
 
 
@@ -660,6 +662,27 @@ def test_no_scene_is_made_twice(monkeypatch, two_steps_apart):
         assert len(made) == len(set(made)) == num_samples(RECIPE, step + 1)
     # Nothing is kept of those that were seen for the last time.
     assert len(batches.seen) == 3 * 2 * 2
+    assert all(sample.images.size == 0 and sample.images.base is None for sample in batches.seen.values())
+
+
+def test_images_are_kept_until_they_are_seen_again(two_steps_apart):
+    seen = SeenImages()
+    images = []
+    for step in range(5):
+        images.append([weakref.ref(batch.images) for batch in seen.completed(all_new(step))])
+    assert [{image() is not None for image in of_step} for of_step in images] == [{False}] * 3 + [{True}] * 2
+
+
+@pytest.mark.parametrize("views", [1, 2, 4])
+def test_every_sample_is_turned_otherwise_however_many_to_a_pass(monkeypatch, views):
+    sample = scene(0, "train", 0, IMAGE_WH)
+    monkeypatch.setattr(SmallScenes, "training", lambda *_: sample)
+    turns = []
+    for micro_batch in (4, 8):
+        batches = all_new(1, Recipe(3, batch=8, micro_batch=micro_batch, views=views))
+        turns.append({tuple(projection[0, 0, :2].tolist()) for batch in batches for projection in batch.projection})
+    assert len(turns[0]) == 8
+    assert turns[0] == turns[1]
 
 
 @pytest.mark.parametrize("views", [1, 2])
@@ -688,6 +711,16 @@ def test_resumed_between_two_views_the_losses_are_the_same(two_steps_apart):
     told = [step.losses() for step in islice(first.train(), 3)]
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     assert told + [step.losses() for step in second.train()] == undisturbed
+
+
+def test_views_are_told(tmp_path):
+    report = tmp_path / "r.json"
+    result = demo("--steps", 3, "--batch", 4, "--views", 2, "--out", tmp_path, "--json", report)
+    assert result.exit_code == 0, result.output
+    told = json.loads(report.read_text())
+    assert (told["batch"], told["views"], told["samples"]["trained_on"]) == (4, 2, 12)  # none comes again yet
+    assert told["trained_on"] == "12 rendered scenes"
+    assert "views 2" in result.output
 
 
 @pytest.mark.parametrize(("cores", "loaders"), [(1, 1), (2, 1), (5, 3), (7, 4), (16, 14), (32, 28), (64, 28)])

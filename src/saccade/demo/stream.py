@@ -6,6 +6,7 @@ remained on the device. What else is to be known about them has remained in the 
 each makes every W-th step, and W divides `VIEWS_APART`.
 """
 
+import itertools
 import math
 import multiprocessing
 import os
@@ -40,63 +41,70 @@ def num_samples(recipe: Recipe, steps: int) -> int:
 class Stream(Dataset[list[Batch] | DemoError]):
     """The samples of each step that fall to one process, as the batches of its forward passes.
 
-    A batch has the images of all its samples, or of the new ones alone, which are the first. `Views` adds the others.
+    A batch has the images of all its samples, or of the new ones alone, which are the first. `SeenImages` adds the
+    others.
     """
 
     def __init__(self, source: Source, recipe: Recipe, ranks: Ranks, stride: int):
         self.source = source
+        self.stride = stride
         self.views = recipe.views
         self.apart = VIEWS_APART
-        self.stride = stride
-        self.new = recipe.micro_batch // recipe.views
-        """Samples of a pass that are seen for the first time."""
-        passes = recipe.batch // recipe.micro_batch
-        self.mine = np.split(np.arange(passes), ranks.count)[ranks.index]
-        shape = recipe.steps, passes, recipe.views, self.new
+        passes = np.split(np.arange(recipe.batch // recipe.micro_batch), ranks.count)[ranks.index]
+        self.new = recipe.micro_batch // recipe.views * passes[:, None] + np.arange(recipe.micro_batch // recipe.views)
+        """Of each pass, which of a step's new samples it has."""
+        shape = recipe.steps, recipe.views, recipe.batch // recipe.views
         self.angles = np.random.default_rng([recipe.seed, 2]).uniform(-math.pi, math.pi, shape)
         self.seen: dict[int, Sample] = {}
-        """Without images."""
+        """Samples that come again, by number, without their images."""
 
     def __getitem__(self, step: int) -> list[Batch] | DemoError:
         try:
-            return [make_batch(self._samples(step, number), self.stride) for number in self.mine.tolist()]
+            return [make_batch(self._samples(step, new), self.stride) for new in self.new.tolist()]
         except DemoError as error:
             return error  # raised here, it would reach the user wrapped in this process's traceback
 
-    def _samples(self, step: int, number: int) -> list[Sample]:
-        """The samples of one of a step's passes, first those that are new, then those seen once before, and so on."""
+    def _samples(self, step: int, new: list[int]) -> list[Sample]:
+        """The samples of one of a step's passes: first those that are new, then those seen once before, and so on."""
         samples = []
-        for view, index in np.ndindex(self.views, self.new):
-            # Those that begin with a later view are counted as if they had been seen before the first step.
-            begun = step + (self.views - 1 - view) * self.apart
-            sample = self._sample((begun * self.angles.shape[1] + number) * self.new + index, view)
+        for view, place in itertools.product(range(self.views), new):
+            # Numbers begin with those that would have been seen before the first step, had there been any.
+            first_seen = step - view * self.apart + (self.views - 1) * self.apart
+            sample = self._sample(first_seen * self.angles.shape[2] + place, is_last=view == self.views - 1)
             # Which way the vehicle points must not matter: turn the coordinates under what the cameras see.
-            samples.append(turned(mirrored(sample) if view % 2 else sample, self.angles[step, number, view, index]))
+            samples.append(turned(mirrored(sample) if view % 2 else sample, self.angles[step, view, place]))
         return samples
 
-    def _sample(self, number: int, view: int) -> Sample:
-        """One that this process has seen already comes without images."""
-        sample = self.seen.pop(number, None) or self.source.training(number)
-        if view < self.views - 1:
+    def _sample(self, number: int, is_last: bool) -> Sample:
+        """A sample, for the last time or not; one that this process has made before comes without images."""
+        sample = self.seen.pop(number, None)
+        if sample is None:
+            sample = self.source.training(number)
+        if not is_last:
             self.seen[number] = replace(sample, images=sample.images[:0].copy())
         return sample
 
 
-class Views:
+class SeenImages:
     """The images of the last steps, on the device."""
 
     def __init__(self):
-        self.steps: deque[list[Tensor]] = deque(maxlen=VIEWS_APART)
+        self.of_steps: deque[list[Tensor]] = deque(maxlen=VIEWS_APART)
 
     def completed(self, batches: list[Batch]) -> list[Batch]:
         """The batches of the next step's passes, with the images of all their samples."""
-        for number, batch in enumerate(batches):
-            missing = len(batch.projection) - len(batch.images)
-            if missing:
-                seen = self.steps[0][number][:missing].flip(-1)
-                batches[number] = replace(batch, images=torch.cat([batch.images, seen]))
-        self.steps.append([batch.images for batch in batches])
+        before = self.of_steps[0] if len(self.of_steps) == self.of_steps.maxlen else [None] * len(batches)
+        batches = [_with_seen(batch, seen) for batch, seen in zip(batches, before, strict=True)]
+        self.of_steps.append([batch.images for batch in batches])
         return batches
+
+
+def _with_seen(batch: Batch, seen: Tensor | None) -> Batch:
+    """A batch whose missing images are those seen in an earlier pass, mirrored, all but that pass's oldest."""
+    missing = len(batch.projection) - len(batch.images)
+    if seen is None or not missing:
+        return batch
+    return replace(batch, images=torch.cat([batch.images, seen[:missing].flip(-1)]))
 
 
 def batches_of_steps(
@@ -125,7 +133,7 @@ def batches_of_steps(
         worker_init_fn=_end_with_the_trainer,
         generator=torch.Generator(),  # so that nothing is drawn from the generator of all
     )
-    views = Views() if recipe.views > 1 else None
+    seen = SeenImages() if recipe.views > 1 else None
     loaded = iter(loader)
     while True:
         try:
@@ -139,7 +147,7 @@ def batches_of_steps(
         if isinstance(batches, DemoError):
             raise SampleError(str(batches)) from batches
         batches = [batch.to(device) for batch in batches]
-        yield batches if views is None else views.completed(batches)
+        yield batches if seen is None else seen.completed(batches)
 
 
 def _num_loaders(source: Source, recipe: Recipe, ranks: Ranks) -> int:
