@@ -485,36 +485,6 @@ def test_two_ranks_train_like_one_process(tmp_path, device):
     assert told["scenes_per_second"] > 0
 
 
-def test_the_mean_of_gradients_goes_to_their_parameters(monkeypatch):
-    """Also of those that lie in memory otherwise, and past parameters that have none."""
-    torch.manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3,), (2, 3, 4, 5), (), (1, 2))]
-    mine = [torch.randn(3), torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), torch.randn(())]
-    others = [torch.randn_like(gradient, memory_format=torch.contiguous_format) for gradient in mine]
-    for parameter, gradient in zip(parameters, mine, strict=False):
-        parameter.grad = gradient
-    theirs = torch.cat([gradient.flatten() for gradient in others])
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(theirs))
-    Ranks(0, 2).take_mean_of_gradients(parameters)
-    assert parameters[3].grad is None
-    for parameter, gradient, other in zip(parameters, mine, others, strict=False):
-        assert torch.equal(parameter.grad, (gradient + other) / 2)
-
-
-@pytest.mark.skipif(GPUS < 2, reason="there are no two GPUs")
-def test_two_ranks_with_recorded_graphs_train_like_one_process_without(tmp_path):
-    options = ["--device", "cuda", "--compile", "--deterministic", "--steps", 12, "--batch", 4, "--views", 1]
-    one, two = tmp_path / "one.pt", tmp_path / "two.pt"
-    together = script(*options, "--out", tmp_path, "--checkpoint", two, ranks=2)
-    alone = script(*options, "--micro-batch", 2, "--out", tmp_path, "--checkpoint", one)
-    for process in (together, alone):
-        assert process.wait() == 0, process.communicate()
-    expected = curves(one)
-    for name, curve in curves(two).items():
-        # Norms of gradients that lie elsewhere round otherwise, and the choice of anchors makes more of it.
-        torch.testing.assert_close(curve, expected[name], rtol=1e-2, atol=0, msg=lambda m, name=name: f"{name}: {m}")
-
-
 def test_gradients_of_ranks_with_several_passes_are_those_of_one_process(tmp_path):
     one, two = tmp_path / "one.pt", tmp_path / "two.pt"
     options = ["--device", "cpu", "--steps", 1, "--batch", 4, "--micro-batch", 1, "--out", tmp_path]
@@ -824,7 +794,7 @@ def test_recorded_graphs_give_the_gradients_of_the_model(micro_batch):
         assert math.isfinite(told.losses()["total"])
     samples = [scene(0, "train", 100 + index, IMAGE_WH) for index in range(2)]
     parts = [samples[first : first + micro_batch] for first in range(0, 2, micro_batch)]
-    batches = [make_batch(part, Detector.STRIDE) for part in parts]
+    batches = [make_batch(part, Detector.STRIDE).to(device) for part in parts]
     gradients = []
     for model in (trainer._trained, trainer.model):
         trainer._trained = model

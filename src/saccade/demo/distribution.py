@@ -74,14 +74,6 @@ class Ranks:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
-    def take_mean_of_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Give parameters the mean of the gradients that they have in the processes, in one exchange of them all."""
-        if self.count > 1:
-            gradients = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
-            mean = self.sum(torch.cat([gradient.flatten() for gradient in gradients.values()])) / self.count
-            for parameter, part in zip(gradients, mean.split([each.numel() for each in gradients]), strict=True):
-                parameter.grad = part.view_as(parameter)
-
     def from_first(self, make: Callable[[], T]) -> T:
         """What `make` returns in the first process, where alone it is called, for all; or the DemoError it raises."""
         made: list[Any] = [None]

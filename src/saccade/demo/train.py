@@ -94,18 +94,11 @@ class Trainer:
         """Steps made so far."""
         self.model = model.to(device)
         self.loss = DetectionLoss(len(source.class_names)).to(device)
-        self._trained: Any = self.model
-        # On a GPU the host is what takes longest: a recorded graph is begun as one. But neither DistributedDataParallel
-        # nor gradients that are added up get along with gradients that lie where the next pass writes its own.
-        is_one_pass = recipe.micro_batch * ranks.count == recipe.batch
-        self._is_recorded = recipe.compiled and device.type == "cuda" and is_one_pass
-        if recipe.compiled:
-            # For training alone: few evaluations are not worth another compilation.
-            self._trained = torch.compile(self.model, mode="reduce-overhead" if self._is_recorded else None)
-        if ranks.count > 1 and not self._is_recorded:
+        self._trained: Any = self._compiled() if recipe.compiled else self.model
+        if ranks.count > 1:
             # Not with gradients as views of buckets: how these are aligned could change the order in which the norm is
-            # summed by which gradients are clipped, and with it the last bits. Buffers are copied before evaluations.
-            self._trained = DistributedDataParallel(self._trained, broadcast_buffers=False)
+            # summed by which gradients are clipped, and with it the last bits.
+            self._trained = DistributedDataParallel(self._trained)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=recipe.learning_rate, weight_decay=1e-2, fused=True
         )
@@ -116,6 +109,14 @@ class Trainer:
             lambda i: min((i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(1, max(0, i - warm_up) / decay))),
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
+
+    def _compiled(self) -> Any:
+        """The model for training alone: few evaluations are not worth another compilation."""
+        # On a GPU the host is what takes longest: a recorded graph is begun as one. But neither DistributedDataParallel
+        # nor gradients that are added up get along with gradients that lie where the next pass writes its own.
+        is_one_pass = self.ranks.count == 1 and self.recipe.micro_batch == self.recipe.batch
+        graphs = self.device.type == "cuda" and is_one_pass
+        return torch.compile(self.model, mode="reduce-overhead" if graphs else None)
 
     def state_dict(self) -> dict[str, Any]:
         """All that training goes on from."""
@@ -173,7 +174,7 @@ class Trainer:
                 return
 
     def _backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """Gradients of a step, from the batches of this rank and the others'.
+        """Gradients of a step, from the batches of this rank and, by DistributedDataParallel, the others'.
 
         Returns:
             This rank's share of the losses.
@@ -188,13 +189,11 @@ class Trainer:
                     output = self._trained(batch.images, batch.projection)
                 losses = self.loss(output, batch, objects)
                 losses["total"] = torch.stack(list(losses.values())).sum()
-                # Objects are counted over all ranks, so the losses are to be added. Of the ranks' gradients the mean is
-                # taken, as DistributedDataParallel does it.
+                # Objects are counted over all ranks, so the losses are to be added: of the ranks' gradients
+                # DistributedDataParallel takes the mean.
                 self.scaler.scale(losses["total"] * self.ranks.count).backward()
             for name, loss in losses.items():
                 told[name] = told[name] + loss.detach() if name in told else loss.detach()
-        if self._is_recorded:
-            self.ranks.take_mean_of_gradients(self.model.parameters())
         return told
 
     def output(self, batch: Batch) -> Output:
