@@ -50,10 +50,11 @@ class Stream(Dataset[list[Batch] | DemoError]):
         self.stride = stride
         self.views = recipe.views
         self.apart = VIEWS_APART
-        passes = np.split(np.arange(recipe.batch // recipe.micro_batch), ranks.count)[ranks.index]
-        self.new = recipe.micro_batch // recipe.views * passes[:, None] + np.arange(recipe.micro_batch // recipe.views)
-        """Of each pass, which of a step's new samples it has."""
-        shape = recipe.steps, recipe.views, recipe.batch // recipe.views
+        self.new_of_step = recipe.batch // recipe.views
+        of_passes = np.arange(self.new_of_step).reshape(-1, recipe.micro_batch // recipe.views)
+        self.new = np.split(of_passes, ranks.count)[ranks.index]
+        """Which of a step's new samples each of this process's passes has."""
+        shape = recipe.steps, recipe.views, self.new_of_step
         self.angles = np.random.default_rng([recipe.seed, 2]).uniform(-math.pi, math.pi, shape)
         self.seen: dict[int, Sample] = {}
         """Samples that come again, by number, without their images."""
@@ -70,7 +71,7 @@ class Stream(Dataset[list[Batch] | DemoError]):
         for view, place in itertools.product(range(self.views), new):
             # Numbers begin with those that would have been seen before the first step, had there been any.
             first_seen = step - view * self.apart + (self.views - 1) * self.apart
-            sample = self._sample(first_seen * self.angles.shape[2] + place, is_last=view == self.views - 1)
+            sample = self._sample(first_seen * self.new_of_step + place, is_last=view == self.views - 1)
             # Which way the vehicle points must not matter: turn the coordinates under what the cameras see.
             samples.append(turned(mirrored(sample) if view % 2 else sample, self.angles[step, view, place]))
         return samples
