@@ -245,11 +245,12 @@ def test_equal_bits_run_after_run(kind, strict):
         assert_same_bits(f"run {number}", results, expected)
 
 
+@pytest.mark.parametrize("rows", [2003, 20_011])
 @each_kind
-def test_several_streams_at_once(kind):
+def test_several_streams_at_once(kind, rows):
     """Nothing that calls may share, such as memory for partial sums, is shared by calls that overlap."""
     seeds = range(4)
-    calls = [of_kind(kind, rows=20_011, seed=10 * seed) for seed in seeds]
+    calls = [of_kind(kind, rows, seed=10 * seed) for seed in seeds]
     expected = [step(*call) for call in calls]
     matrix = torch.randn(8192, 8192, device=DEVICE)
     gate, streams = torch.cuda.Event(), [torch.cuda.Stream() for _ in seeds]
@@ -549,6 +550,43 @@ def test_a_graph_is_replayed_while_others_call():
         assert_same_bits(f"graph {k}", results, expected[k])
     for number, results in enumerate(runs):
         assert_same_bits(f"run {number}", results, expected[-1])
+
+
+def test_few_logits_on_all_streams_and_in_graphs_at_once():
+    """Their sum is finished by the program that ends last: launches that overlap must not count together."""
+    from saccade import loss_reduction_kernels
+
+    calls = [of_kind("labels-number", rows=7200, classes=10, seed=10 * k) for k in range(6)]
+    expected = [step(*call) for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    graphs, captured = [torch.cuda.CUDAGraph() for _ in range(3)], []
+    torch.cuda.synchronize()
+    for graph, call in zip(graphs, calls, strict=False):
+        with torch.cuda.stream(streams[-1]):
+            step(*call)
+        with torch.cuda.graph(graph, stream=streams[-1]):  # all on one stream, which also has a counter kept
+            captured.append([step(*call) for _ in range(20)])
+    torch.cuda.synchronize()
+    matrix, gate = torch.randn(8192, 8192, device=DEVICE), torch.cuda.Event()
+    for _ in range(5):  # all streams wait until much is queued in each
+        torch.mm(matrix, matrix)
+    gate.record()
+    for stream in streams:
+        stream.wait_event(gate)
+    runs = []
+    for _ in range(10):
+        for graph, stream in zip(graphs, streams, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        for number in range(len(graphs), len(calls)):
+            with torch.cuda.stream(streams[number]):
+                runs.append((number, step(*calls[number])))
+    torch.cuda.synchronize()
+    runs += [(number, results) for number, of_graph in enumerate(captured) for results in of_graph]
+    for number, results in runs:
+        assert_same_bits(f"stream {number}", results, expected[number])
+    kept = [loss_reduction_kernels._workspaces[0, stream.cuda_stream, torch.float32] for stream in streams[3:]]
+    assert all(workspace.counter.item() == 0 for workspace in kept)
 
 
 def test_steps_captured_in_one_graph():

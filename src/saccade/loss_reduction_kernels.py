@@ -1,11 +1,14 @@
 """Kernels of what all losses do with their elements: visit them where they lie, and sum them in a fixed order.
 
 Each program of a loss's own kernel sums the elements of every n-th tile to one number. A kernel of one program then
-adds these numbers up and divides. A counter that tells the last program that it is the last would save that launch, but
-has to be cleared by one, or be kept from call to call, where graphs that run side by side would share it.
+adds these numbers up and divides; or the program that ends last does, which saves a launch where those take longer than
+the kernels. A counter tells which one that is. As clearing it would take a launch again, it is kept, and cleared by
+that last program: one counter for each stream, whose launches follow each other. A CUDA graph clears a counter of its
+own, as it may be replayed beside anything. The order of the sum is always the same.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,6 +23,9 @@ _ENOUGH_PROGRAMS = 4096
 # About so many losses at most are added up one after the other in the precision they are computed in: thousands would
 # drift. The programs' sums are added up in float64.
 _IN_A_ROW = 32
+
+# How many of the programs' sums are read at once.
+_SUMS_AT_ONCE = tl.constexpr(1024)
 
 # Programs of a launch that sums nothing, at most.
 MOST_BLOCKS = 2**31 - 1
@@ -53,18 +59,13 @@ def factor_of_gradients(grad_output, avg_factor, scale, eps, COMPUTE: tl.constex
     return factor
 
 
-@LaunchedKernel
-@triton.jit(do_not_specialize=["programs"])
-def _finish_kernel(
-    sums, counts, avg_factor, output, divisor, scale: tl.float64, eps: tl.float64, programs,
-    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+@triton.jit
+def _finish(sums, counts, avg_factor, output, divisor, scale, eps, programs):
     """Add up the programs' sums, scale, and divide by `avg_factor`; or, if there are `counts`, by their sum."""
-    wait_for_kernel_before(OVERLAP)
-    program = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float64)
-    count = tl.zeros([BLOCK], tl.int64)
-    for first in range(0, programs, BLOCK):
+    program = tl.arange(0, _SUMS_AT_ONCE)
+    total = tl.zeros([_SUMS_AT_ONCE], tl.float64)
+    count = tl.zeros([_SUMS_AT_ONCE], tl.int64)
+    for first in range(0, programs, _SUMS_AT_ONCE):
         exists = first + program < programs
         total += tl.load(sums + first + program, mask=exists, other=0).to(tl.float64)
         if counts is not None:
@@ -79,6 +80,67 @@ def _finish_kernel(
     tl.store(output, result.to(output.dtype.element_ty))
 
 
+@LaunchedKernel
+@triton.jit(do_not_specialize=["programs"])
+def _finish_kernel(
+    sums, counts, avg_factor, output, divisor, scale: tl.float64, eps: tl.float64, programs, OVERLAP: tl.constexpr
+):  # fmt: skip
+    """`_finish`, in a launch of its own."""
+    wait_for_kernel_before(OVERLAP)
+    _finish(sums, counts, avg_factor, output, divisor, scale, eps, programs)
+
+
+@triton.jit
+def finish_if_last(sums, counter, avg_factor, output, scale, eps):
+    """`_finish`, in the program that ends last: each calls this when its sum is stored."""
+    programs = tl.num_programs(0)
+    tl.debug_barrier()  # the thread that counts need not be the one that has stored the sum
+    if tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1:
+        tl.store(counter, 0)
+        _finish(sums, None, avg_factor, output, None, scale, eps, programs)
+
+
+class Workspace(NamedTuple):
+    """Memory of a launch whose last program finishes the sum."""
+
+    sums: Tensor  # (programs or more,)
+    counter: Tensor  # (1,) int32: how many programs have ended; 0 before the launch and after it
+
+
+_MOST_SUMS_KEPT = 1024
+_STREAM_OF_EACH_THREAD = 2
+"""``cudaStreamPerThread``: one number for many streams."""
+_workspaces: dict[tuple[int, int, torch.dtype], Workspace] = {}
+
+
+def workspace(programs: int, predictions: Tensor, dtype: torch.dtype) -> Workspace:
+    """Memory for a launch of so many programs on the current stream of the predictions' device.
+
+    What is kept for a stream, less than 10 kB, is never given back. That is safe with streams that are destroyed: CUDA
+    gives their numbers to others only when their work has ended.
+    """
+    device = predictions.get_device()
+    if (
+        programs > _MOST_SUMS_KEPT
+        or device < 0
+        or device != torch._C._cuda_getDevice()
+        or torch._C._cuda_isCurrentStreamCapturing()
+    ):
+        return _new_workspace(programs, predictions, dtype)
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    kept = _workspaces.get((device, stream, dtype))
+    if kept is None:
+        kept = _new_workspace(_MOST_SUMS_KEPT, predictions, dtype)
+        if stream != _STREAM_OF_EACH_THREAD:
+            _workspaces[device, stream, dtype] = kept
+    return kept
+
+
+def _new_workspace(programs: int, predictions: Tensor, dtype: torch.dtype) -> Workspace:
+    sums = predictions.new_empty(programs, dtype=dtype)
+    return Workspace(sums, predictions.new_zeros(1, dtype=torch.int32))
+
+
 def summing_programs(tiles: int, in_a_row: int = 1) -> int:
     """How many programs sum up tiles, in each of which so many losses are added up one after the other."""
     return min(tiles, max(_ENOUGH_PROGRAMS, triton.cdiv(tiles * in_a_row, _IN_A_ROW)))
@@ -87,8 +149,7 @@ def summing_programs(tiles: int, in_a_row: int = 1) -> int:
 @lru_cache(KEPT_LAUNCHES)
 def prepared_finish(programs: int, device: torch.device) -> PreparedLaunch:
     """The launch of ``finish`` for so many programs."""
-    block = 256 if programs <= 256 else 1024  # two, so that few kernels are compiled where sizes vary
-    return _finish_kernel.prepare((1,), programs, BLOCK=block, num_warps=4, **overlapping(device))
+    return _finish_kernel.prepare((1,), programs, num_warps=4, **overlapping(device))
 
 
 def finish(

@@ -50,10 +50,12 @@ from saccade.loss_reduction_kernels import (
     MOST_BLOCKS,
     as_numbers,
     factor_of_gradients,
+    finish_if_last,
     offset_along_axes,
     prepared_finish,
     scale_of,
     summing_programs,
+    workspace,
 )
 from saccade.memory_axes import memory_axes
 from saccade.precision import compute_dtype
@@ -227,15 +229,15 @@ def _target_and_factor(
 @LaunchedKernel
 @triton.jit(do_not_specialize=["tiles"])
 def _loss_kernel(
-    logits, target, weight, class_weight, output, grad_logits, avg_factor, alpha: tl.float64, gamma: tl.float64,
-    scale: tl.float64, eps: tl.float64,
+    logits, target, weight, class_weight, output, grad_logits, avg_factor, counter, total,
+    alpha: tl.float64, gamma: tl.float64, scale: tl.float64, eps: tl.float64,
     rows, tiles, sizes, logits_steps, target_steps, weight_steps, output_steps,
     C: tl.constexpr, GAMMA: tl.constexpr, HAS_LABELS: tl.constexpr, WEIGHS_ROWS: tl.constexpr, HARD: tl.constexpr,
     BALANCED: tl.constexpr, ACTIVATED: tl.constexpr, REDUCED: tl.constexpr, VECTOR: tl.constexpr,
     BY_CLASS: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Losses of all elements; if REDUCED, a sum for each program, and the gradients if there is a place for them."""
+    """Losses of all elements; if REDUCED, a sum for each program, and where they have a place, gradients and total."""
     wait_for_kernel_before(OVERLAP)
     alpha, gamma = tl.full([], alpha, COMPUTE), tl.full([], gamma, COMPUTE)
     if grad_logits is not None:
@@ -265,6 +267,8 @@ def _loss_kernel(
                 tl.store(at, loss.to(output.dtype.element_ty), mask=exists)
     if REDUCED:
         tl.store(output + tl.program_id(0), tl.sum(tl.sum(sums, 1), 0))
+        if total is not None:
+            finish_if_last(output, counter, avg_factor, total, scale, eps)
 
 
 @LaunchedKernel
@@ -430,13 +434,17 @@ def prepare_sigmoid_focal_loss(
     ) -> Tensor | tuple[Tensor, Tensor]:
         *_, avg_factor, scale, eps = numbers
         output = new_loss(logits, logits.shape, kind, avg_factor)
-        sums = logits.new_empty(programs, dtype=output.dtype)
-        gradient = torch.empty_like(logits) if with_gradient else None
         of_all = scale_of(kind, avg_factor, scale, count)
-        tensors = logits, as_numbers(target), as_numbers(weight), _packed(class_weight), sums, gradient
-        launch((*tensors, avg_factor if with_gradient else None), alpha, gamma, of_all, eps)
+        tensors = logits, as_numbers(target), as_numbers(weight), _packed(class_weight)
+        if with_gradient:
+            gradient = torch.empty_like(logits)
+            sums, counter = workspace(programs, logits, output.dtype)
+            launch((*tensors, sums, gradient, avg_factor, counter, output), alpha, gamma, of_all, eps)
+            return output, gradient
+        sums = logits.new_empty(programs, dtype=output.dtype)
+        launch((*tensors, sums, None, None, None, None), alpha, gamma, of_all, eps)
         finish((sums, None, avg_factor, output, None), of_all, eps)
-        return output if gradient is None else (output, gradient)
+        return output
 
     return loss
 
@@ -458,7 +466,7 @@ def _write_losses(
 ) -> None:
     """Write unreduced losses, in the dtype of ``output``."""
     launch, _ = _launch_for(_loss_kernel, logits, target, weight, [output], alpha, gamma, activated, "none")
-    tensors = logits, as_numbers(target), as_numbers(weight), _packed(class_weight), output, None, None
+    tensors = logits, as_numbers(target), as_numbers(weight), _packed(class_weight), output, None, None, None, None
     launch(tensors, alpha, gamma, scale, 0.0)
 
 
