@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import heatmap_oracle
 import torch
-from device_clock import device_us
+from clocks import device_us
 from heatmap import checked_errors, concatenated, draw_box_by_box, unwarmed_us
 from records import Say, new_record
 from tables import RECORDED_ON, Column, time_text

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import WrongResultError, require_accurate
 from aggregation_oracle import exact
-from device_clock import device_us
+from clocks import device_us
 from records import COPY_BYTES_PER_US, IsWanted, Say, new_record
 from torch import Tensor
 from training_step import as_leaves, forget, forward_backward, memory_of, size_of

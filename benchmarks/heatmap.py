@@ -8,7 +8,7 @@ import heatmap_oracle
 import numpy as np
 import torch
 from accuracy import WrongResultError, require_accurate
-from device_clock import device_us
+from clocks import device_us
 from records import COPY_BYTES_PER_US, IsWanted, Say, new_record
 from torch import Tensor
 from training_step import forget, size_of

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from accuracy import require_accurate
-from device_clock import device_us
+from clocks import device_us, wall_us_in_turns
 from losses_oracle import exact, gaussian_focal, sigmoid_focal
 from records import COPY_BYTES_PER_US, IsWanted, Say, new_record
 from torch import Tensor
@@ -132,11 +132,11 @@ def _passes(
             baselines[form] = device_us(partial(formula, logits), inner=10, repeats=5)
     yield record("forward", "device", saccade_us, baselines=baselines, recorded=original("forward"))
     if workload == ALSO_ON_THE_WALL:
-        saccade_us, baselines = wall_us(forward), {}
-        for form, formula in formulas.items():
-            with torch.no_grad():
-                baselines[form] = wall_us(partial(formula, logits))
-        yield record("forward", "wall", saccade_us, baselines=baselines)
+        with torch.no_grad():
+            times = wall_us_in_turns(
+                {"saccade": forward} | {form: partial(formula, logits) for form, formula in formulas.items()}
+            )
+        yield record("forward", "wall", times.pop("saccade"), baselines=times)
     say(f"{workload} {short}: timing backward")
     yield record("backward", "device", device_us(backward), recorded=original("backward"))
 
@@ -165,19 +165,20 @@ def _module(workload: str, quick: bool, say: Say) -> Iterator[dict[str, Any]]:
     errors = checked_errors(workload, sigmoid_focal, 1 / (avg_factor + AVG_FACTOR_EPS), logits, target, results)
     say(f"{workload}: timing forward + backward")
     memory = memory_of(both, [leaf, target])
-    saccade_us, baselines = wall_us(both), {}
+    steps = {"saccade": both}
     if not quick:
         # Not a focal loss: what a step with one loss of these logits costs in torch itself.
         cross_entropy = partial(F.binary_cross_entropy_with_logits, target=_one_hot(logits, target))
-        baselines["torch BCE with logits"] = wall_us(partial(forward_backward, cross_entropy, [leaf]))
+        steps["torch BCE with logits"] = partial(forward_backward, cross_entropy, [leaf])
+    times = wall_us_in_turns(steps)
     yield new_record(
         workload,
         "forward+backward",
         "wall",
-        saccade_us,
+        times.pop("saccade"),
         floor_us=floors_us(logits, target)["forward+backward"],
         error=errors["forward+backward"],
-        baselines=baselines,
+        baselines=times,
         recorded={"original CUDA kernel": RECORDED_US[workload]["forward+backward"]},
         **memory,
     )

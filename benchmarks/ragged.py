@@ -9,8 +9,8 @@ import detr_loss
 import torch
 import torch.nn.functional as F
 from accuracy import require_accurate
+from clocks import device_us, wall_us_in_turns
 from detr_loss import Matched, Objects, RaggedObjects
-from device_clock import device_us
 from records import COPY_BYTES_PER_US, IsWanted, Say, new_record
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -101,16 +101,16 @@ def _indexing(workload: str, quick: bool, say: Say) -> Iterator[dict[str, Any]]:
     say(f"{workload}: timing forward")
     with torch.no_grad():
         of_device = {name: device_us(partial(form, data)) for name, form in forms.items()}
-        of_wall = {name: wall_us(partial(form, data)) for name, form in forms.items()}
+        of_wall = wall_us_in_turns({name: partial(form, data) for name, form in forms.items()})
     yield _record(workload, "forward", "device", of_device, error, floor_us)
     yield _record(workload, "forward", "wall", of_wall, error)
     say(f"{workload}: timing forward + backward")
-    times = {name: wall_us(partial(forward_backward, form, leaves, grad_output)) for name, form in forms.items()}
+    steps = {name: partial(forward_backward, form, leaves, grad_output) for name, form in forms.items()}
     if not quick:
         # Something else: what a step with one loss of these data costs in torch itself.
         cross_entropy = partial(F.binary_cross_entropy_with_logits, target=torch.zeros_like(data))
-        times["torch BCE with logits"] = wall_us(partial(forward_backward, cross_entropy, leaves))
-    yield _record(workload, "forward+backward", "wall", times, error)
+        steps["torch BCE with logits"] = partial(forward_backward, cross_entropy, leaves)
+    yield _record(workload, "forward+backward", "wall", wall_us_in_turns(steps), error)
 
 
 def indexing_inputs(samples: int, most: int, rows: int, channels: int) -> tuple[Tensor, RaggedBatch, Tensor]:
@@ -146,8 +146,7 @@ def _combining(workload: str, quick: bool, say: Say) -> Iterator[dict[str, Any]]
     errors = {name: _relative_error(form(), right) for name, form in forms.items()}
     require_accurate(workload, "float32", errors)
     say(f"{workload}: timing forward")
-    times = {name: wall_us(form) for name, form in forms.items()}
-    yield _record(workload, "forward", "wall", times, errors["saccade"])
+    yield _record(workload, "forward", "wall", wall_us_in_turns(forms), errors["saccade"])
 
 
 # ---- a whole loss

@@ -30,8 +30,8 @@ accuracy, aggregation, aggregation_oracle, losses, losses_oracle, run, tables, w
     importlib.import_module,
     ("accuracy", "aggregation", "aggregation_oracle", "losses", "losses_oracle", "run", "tables", "workloads"),
 )
-heatmap, heatmap_oracle, accvlab_protocol = map(
-    importlib.import_module, ("heatmap", "heatmap_oracle", "accvlab_protocol")
+heatmap, heatmap_oracle, accvlab_protocol, clocks = map(
+    importlib.import_module, ("heatmap", "heatmap_oracle", "accvlab_protocol", "clocks")
 )
 demo, detr_loss, ragged, records_of_runs = map(importlib.import_module, ("demo", "detr_loss", "ragged", "records"))
 
@@ -382,6 +382,8 @@ def clock(monkeypatch) -> Clock:
     monkeypatch.setattr(ragged, "DETR", {"layers": 2, "samples": 3, "queries": 8, "classes": 4, "most": 5})
     monkeypatch.setattr(ragged, "device_us", clock)
     monkeypatch.setattr(ragged, "wall_us", clock)
+    monkeypatch.setattr(clocks, "wall_us", clock)
+    monkeypatch.setattr(clocks, "_ROUNDS", 1)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -6,4 +6,7 @@ from torch import Tensor
 
 def compute_dtype(*inputs: Tensor) -> torch.dtype:
     """float64 if any input is float64, else float32: half-precision inputs are summed in float32 and rounded once."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in inputs) else torch.float32
+    for tensor in inputs:  # any(...) takes twice as long
+        if tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
