@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,26 +14,26 @@ AVG_FACTOR_EPS = 1.1920929e-07
 """What is added to an ``avg_factor`` before dividing by it, as mmdet does: a factor of 0 does not make the loss NaN."""
 
 
-class Reduction(NamedTuple):
-    """How an operator reduces its loss, in the order of its last four arguments."""
+Reduction = tuple[str, Tensor | None, float, float]
+"""How an operator reduces its loss, its last four arguments: ``kind``, ``avg_factor``, ``scale`` and ``eps``.
 
-    kind: str  # none, mean, sum
-    avg_factor: Tensor | None  # with mean: divide the sum by this, rather than by the number of losses
-    scale: float
-    eps: float  # added to avg_factor
+``kind`` is none, mean or sum; ``avg_factor`` is what a mean divides by if not by the number of losses, ``eps`` what is
+added to it, and ``scale`` a factor of the result.
+"""
 
 
 def checked_reduction(
-    reduction: Any, avg_factor: Any, *, scale: float = 1.0, eps: float = AVG_FACTOR_EPS, **losses: Tensor
+    reduction: Any, avg_factor: Any, name: str, predictions: Tensor, scale: float = 1.0, eps: float = AVG_FACTOR_EPS
 ) -> Reduction:
     """Check ``reduction`` and ``avg_factor`` of a public function without looking at the value of a tensor.
 
     Args:
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
         avg_factor: ``None``, a number, or a tensor of one element on the device of the loss; ``"none"`` ignores it.
+        name: How messages should call the predictions.
+        predictions: Their device is that of the loss.
         scale: Factor of the result.
         eps: Added to ``avg_factor``.
-        **losses: The tensor of predictions, under the name that messages should use.
 
     Raises:
         TypeError: ``avg_factor`` is neither a number nor a tensor of real numbers.
@@ -43,7 +43,7 @@ def checked_reduction(
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
     if avg_factor is None or reduction == "none":
-        return Reduction(reduction, None, scale, eps)
+        return reduction, None, scale, eps
     if reduction == "sum":
         raise ValueError("avg_factor: expected None with reduction 'sum', got one")
     if isinstance(avg_factor, Tensor):
@@ -51,16 +51,16 @@ def checked_reduction(
         require_constant("avg_factor", avg_factor)
         if avg_factor.numel() != 1:
             raise ValueError(f"avg_factor: expected one element, got shape {tuple(avg_factor.shape)}")
-        require_same_device(**losses, avg_factor=avg_factor)
-        return Reduction("mean", avg_factor, scale, eps)
+        require_same_device(**{name: predictions}, avg_factor=avg_factor)
+        return "mean", avg_factor, scale, eps
     avg_factor = require_number("avg_factor", avg_factor)
     if torch.compiler.is_compiling():
         # The compiler would bake a number into its graph, and compile anew for the next one. Of all that makes a tensor
         # of it, a product is what keeps it variable.
-        (loss,) = losses.values()
-        return Reduction("mean", torch.ones((), dtype=torch.float64, device=loss.device) * avg_factor, scale, eps)
+        one = torch.ones((), dtype=torch.float64, device=predictions.device)
+        return "mean", one * avg_factor, scale, eps
     divisor = avg_factor + eps
-    return Reduction("sum", None, scale / divisor if divisor else scale * math.inf, eps)
+    return "sum", None, scale / divisor if divisor else scale * math.inf, eps
 
 
 def normalized(value: Tensor, count: int, kind: str, avg_factor: Tensor | None, scale: float, eps: float) -> Tensor:

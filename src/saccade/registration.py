@@ -28,12 +28,7 @@ class Gradient(Function):
     """How an operator is differentiated: ``backward``, and what it needs of the arguments and the result."""
 
     prepare: Any = None
-    """That of calls that need a gradient, if it is not the operator's: see ``DirectCall``."""
-
-    @staticmethod
-    def compute(ctx: Any, call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """The operator's result; ``call`` goes through the dispatcher, or is what was prepared."""
-        return call(*args)
+    """As ``DirectCall``'s, but makes what records the gradient, too; or ``None``, where that is done as always."""
 
     @staticmethod
     def save(ctx: Any, args: tuple[Any, ...], result: Any) -> None:
@@ -63,7 +58,7 @@ def _recorded(gradient: type[Gradient], call: Callable[..., Any]) -> type[Functi
     """A function that autograd records: ``call``, differentiated as ``gradient`` says."""
 
     def forward(ctx: Any, *args: Any) -> Any:
-        result = gradient.compute(ctx, call, args)
+        result = call(*args)
         gradient.save(ctx, args, result)
         return result
 
@@ -75,7 +70,7 @@ def _recorded_with_call(gradient: type[Gradient]) -> type[Function]:
 
     def forward(ctx: Any, *args_and_call: Any) -> Any:
         args, call = args_and_call[:-1], args_and_call[-1]
-        result = gradient.compute(ctx, call, args)
+        result = call(*args)
         gradient.save(ctx, args, result)
         return result
 
@@ -164,16 +159,25 @@ _OF_NO_MODE = _keys("BackendSelect", "ADInplaceOrView")
 _RECORDING = DispatchKey.AutogradFunctionality
 
 
-def _nothing_watches() -> bool:
-    """Whether nothing traces, transforms, profiles or overrides calls, and no tangents go with tensors."""
-    return not (
+def _is_watched() -> bool:
+    """Whether calls are traced, profiled or overridden, or tangents go with tensors: what no dispatch key tells."""
+    return (
         torch.compiler.is_compiling()
         or profiler._is_profiler_enabled
         or forward_ad._current_level >= 0
         or torch._C._is_torch_function_mode_enabled()
-        or _modes_under_way().raw_repr() != _OF_NO_MODE
-        or _is_excluded(_RECORDING)
     )
+
+
+def _modes_are_usual() -> bool:
+    """Whether no dispatch key is there, or missing, for all tensors: of a transform, a mode, or below autograd."""
+    return _modes_under_way().raw_repr() == _OF_NO_MODE and not _is_excluded(_RECORDING)
+
+
+def unchecked_apply(function: type[Function]) -> Callable[..., Any]:
+    """``function.apply`` without its look for transforms of ``torch.func``, for where ``DirectCall`` has looked."""
+    above: Any = super(Function, function)
+    return above.apply
 
 
 @dataclass
@@ -198,8 +202,9 @@ _MUCH_WASTE = 64
 def _guards() -> Any:
     """What torch.compile asks of the inputs of a graph, or ``None`` if this PyTorch has it in another form.
 
-    That is their types, dispatch keys, dtypes, devices, sizes, strides, and whether they require grad: one call for all
-    tensors, which takes 0.3 us for four. Asking them one by one takes several.
+    That is their types, dtypes, devices, sizes, strides, whether they require grad, and their dispatch keys, those
+    included that are there or missing for all tensors: one call, which takes 0.3 us for four tensors. Asking them one
+    by one takes several.
     """
     try:
         guards = torch._C._dynamo.guards.TensorGuards  # pyright: ignore[reportAttributeAccessIssue]
@@ -245,9 +250,7 @@ class DirectCall:
         self._implementation, self._prepare = _implementations[name], prepare
         self._gradient = _gradients.get(name)
         if self._gradient is not None:
-            # Past Function.apply, too, which looks for transforms of torch.func: they count among what watches calls.
-            above: Any = super(Function, _recorded_with_call(self._gradient))
-            self._record = above.apply
+            self._record = unchecked_apply(_recorded_with_call(self._gradient))
         self._known: list[_Known] = []
         self._wasted = 0
         """Calls learnt that did not come again, since one did."""
@@ -263,13 +266,14 @@ class DirectCall:
             tensors: Those of the caller's arguments that are not ``None``. What is no tensor is not known.
             others: All else that checks depend on: numbers, names, and which tensors are ``None``.
         """
-        if _nothing_watches() and not debug_checks_enabled():
-            count, kinds = len(tensors), [*map(type, others)]
-            for known in self._known:
-                if known.count == count and known.kinds == kinds and known.others == others and known.fits(*tensors):
-                    if not known.is_used:
-                        known.is_used, self._wasted = True, 0
-                    return known.way
+        if _is_watched() or debug_checks_enabled():
+            return None
+        count, kinds = len(tensors), [*map(type, others)]
+        for known in self._known:
+            if known.count == count and known.kinds == kinds and known.others == others and known.fits(*tensors):
+                if not known.is_used:
+                    known.is_used, self._wasted = True, 0
+                return known.way
         return None
 
     def learn(self, tensors: tuple[Any, ...], others: tuple[Any, ...], args: tuple[Any, ...]) -> Callable[..., Any]:
@@ -308,16 +312,18 @@ class DirectCall:
     def _way(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         if debug_checks_enabled() or not self._can_be_direct(args):
             return self.operator
-        prepare, is_recorded = self._prepare, False
-        if self._gradient is not None and torch.is_grad_enabled() and self._wants_gradient(args):
-            prepare, is_recorded = self._gradient.prepare or prepare, True
-        call = self._implementation if prepare is None else prepare(*args)
-        if is_recorded:
+        gradient = self._gradient if torch.is_grad_enabled() and self._wants_gradient(args) else None
+        if gradient is not None and gradient.prepare is not None:
+            way = gradient.prepare(*args)
+            if way is not None:
+                return way
+        call = self._implementation if self._prepare is None else self._prepare(*args)
+        if gradient is not None:
             return lambda *args: self._record(*args, call)
         return _counting_versions(call, self._written) if self._written else call
 
     def _can_be_direct(self, args: tuple[Any, ...]) -> bool:
-        if not _nothing_watches():
+        if _is_watched() or not _modes_are_usual():
             return False
         for position in self._tensors:
             tensor = args[position]

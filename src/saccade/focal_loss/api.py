@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from saccade.argument_checks import (
     require_bool,
@@ -19,7 +20,14 @@ from saccade.argument_checks import (
 )
 from saccade.focal_loss import reference
 from saccade.loss_reduction import AVG_FACTOR_EPS, checked_reduction, new_loss
-from saccade.registration import DirectCall, Gradient, register, register_autograd, register_backward
+from saccade.registration import (
+    DirectCall,
+    Gradient,
+    register,
+    register_autograd,
+    register_backward,
+    unchecked_apply,
+)
 from saccade.triton_dispatch import served_by_triton
 
 
@@ -132,7 +140,7 @@ def scaled_sigmoid_focal_loss(
         require_same_device(logits=logits, target=target, weight=weight, class_weight=class_weight)
     if weight is not None:
         weight = _element_weight(logits, weight)
-    how = checked_reduction(reduction, avg_factor, scale=scale, eps=avg_factor_eps, logits=logits)
+    how = checked_reduction(reduction, avg_factor, "logits", logits, scale, avg_factor_eps)
     args = logits, target, weight, class_weight, alpha, gamma, activated, *how
     if way is None:
         way = _call_sigmoid.learn(tensors, others, args)
@@ -192,7 +200,7 @@ def softmax_focal_loss(
         raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
     gamma = require_number("gamma", gamma, minimum=0)
     require_same_device(logits=logits, target=target, class_weight=class_weight)
-    how = checked_reduction(reduction, avg_factor, logits=logits)
+    how = checked_reduction(reduction, avg_factor, "logits", logits)
     return _call_softmax(logits, target, class_weight, alpha, gamma, *how)
 
 
@@ -298,49 +306,63 @@ _FEW_LOGITS = 1 << 19
 
 class _SigmoidFocalLoss(Gradient):
     @staticmethod
-    def prepare(*args: Any) -> Callable[..., Any]:
-        """Prepare the loss; of few logits with its gradient, which ``backward`` then only has to multiply.
-
-        A step on few logits takes as long as the host takes, and longest where autograd's own thread runs Python: with
-        the multiplication alone in it, a step of ``FocalLoss`` on 7200 x 10 logits took 1.1 to 1.3 times a step of
-        torch's binary cross entropy, with the operator 1.3 to 1.7 times (wall time beside an H200).
-        """
+    def prepare(*args: Any) -> Callable[..., Any] | None:
+        """Few logits have their gradient computed with the loss, where ``backward`` needs that of the logits alone."""
         logits, weight, kind = args[0], args[2], args[7]
-        with_gradient = (
-            kind != "none"
-            and logits.dtype.itemsize >= 4  # incoming gradients so large that these do not vanish in half precision
-            and logits.requires_grad
-            and not (weight is not None and weight.requires_grad)
-            and 0 < logits.numel() < _FEW_LOGITS
-        )
-        return _prepare_sigmoid(*args, with_gradient)
+        if (
+            kind == "none"
+            or not served_by_triton(logits)
+            or logits.dtype.itemsize < 4  # in half precision they vanish where the incoming gradient is to make up
+            or not logits.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or not 0 < logits.numel() < _FEW_LOGITS
+        ):
+            return None
+        from saccade.focal_loss import kernels
 
-    @staticmethod
-    def compute(ctx: Any, call: Callable[..., Any], args: tuple[Any, ...]) -> Tensor:
-        """The loss, and with it the gradient if that was prepared."""
-        result = call(*args)
-        loss, ctx.gradient = result if type(result) is tuple else (result, None)
-        return loss
+        call = kernels.prepare_sigmoid_focal_loss(*args, with_gradient=True)
+        return lambda *args: _record_with_gradient(args[0], call, args)
 
     @staticmethod
     def save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
         logits, target, weight, class_weight, *numbers, avg_factor, scale, eps = args
-        # Not the gradient: what is saved must not depend on the way a call takes. Checkpointing may take either of them
-        # when it makes the saved tensors again, and tells them apart by their position.
         ctx.save_for_backward(logits, target, weight, class_weight, avg_factor)
         ctx.numbers = numbers, scale, eps
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, avg_factor = ctx.saved_tensors  # raises if they are freed, or were written to
-        if ctx.gradient is not None and not torch.is_grad_enabled():
-            return ctx.gradient * (grad_output.reshape(()) if grad_output.ndim else grad_output), *[None] * 10
+        *tensors, avg_factor = ctx.saved_tensors
         numbers, scale, eps = ctx.numbers
         needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
         grad_logits, grad_weight = _call_sigmoid_backward(
             grad_output, *tensors, *numbers, avg_factor, scale, eps, needed
         )
         return grad_logits if needed[0] else None, None, grad_weight if needed[1] else None, *[None] * 8
+
+
+class _SigmoidFocalLossWithGradient(Function):
+    """The loss whose gradient comes with it: ``backward`` only multiplies that.
+
+    A step on few logits takes as long as the host takes, and longest where autograd's own thread runs Python.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, call: Callable[..., Any], args: tuple[Any, ...]) -> Tensor:
+        loss, ctx.gradient = call(*args)
+        # Not the gradient: what is saved must not depend on the way a call takes. Checkpointing may take either of them
+        # when it makes the saved tensors again, and tells them apart by their position.
+        _SigmoidFocalLoss.save(ctx, args, loss)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # for a second derivative, where the operator raises
+            return _SigmoidFocalLoss.backward(ctx, grad_output)[0], None, None
+        _ = ctx.saved_tensors  # raises if they are freed, or were written to
+        return ctx.gradient * (grad_output.reshape(()) if grad_output.ndim else grad_output), None, None
+
+
+_record_with_gradient = unchecked_apply(_SigmoidFocalLossWithGradient)
 
 
 def _softmax(logits: Tensor, *args: Any) -> Tensor:

@@ -44,7 +44,7 @@ from saccade.kernel_launch import (
     overlapping,
     wait_for_kernel_before,
 )
-from saccade.loss_reduction import new_loss, normalized
+from saccade.loss_reduction import normalized
 from saccade.loss_reduction_kernels import (
     KEPT_LAUNCHES,
     MOST_BLOCKS,
@@ -427,23 +427,26 @@ def prepare_sigmoid_focal_loss(
     gradient = torch.empty_like(logits) if with_gradient else None  # for its strides, which are not always the logits'
     launch, programs = _launch_for(_loss_kernel, logits, target, weight, [gradient], *how)
     finish = prepared_finish(programs, logits.device)
-    count = logits.numel()
+    dtype = compute_dtype(logits)
+    count = logits.numel() if kind == "mean" and avg_factor is None else 1
+    all_are_numbers = target.dtype != torch.bool and weight is None and class_weight is None
 
     def loss(
         logits: Tensor, target: Tensor, weight: Tensor | None, class_weight: Tensor | None, *numbers: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         *_, avg_factor, scale, eps = numbers
-        output = new_loss(logits, logits.shape, kind, avg_factor)
-        of_all = scale_of(kind, avg_factor, scale, count)
-        tensors = logits, as_numbers(target), as_numbers(weight), _packed(class_weight)
+        output = logits.new_empty(() if avg_factor is None else avg_factor.shape, dtype=dtype)
+        if not all_are_numbers:
+            target, weight, class_weight = as_numbers(target), as_numbers(weight), _packed(class_weight)
         if with_gradient:
             gradient = torch.empty_like(logits)
-            sums, counter = workspace(programs, logits, output.dtype)
-            launch((*tensors, sums, gradient, avg_factor, counter, output), alpha, gamma, of_all, eps)
+            sums, counter = workspace(programs, logits, dtype)
+            tensors = logits, target, weight, class_weight, sums, gradient, avg_factor, counter, output
+            launch(tensors, alpha, gamma, scale / count, eps)
             return output, gradient
-        sums = logits.new_empty(programs, dtype=output.dtype)
-        launch((*tensors, sums, None, None, None, None), alpha, gamma, of_all, eps)
-        finish((sums, None, avg_factor, output, None), of_all, eps)
+        sums = logits.new_empty(programs, dtype=dtype)
+        launch((logits, target, weight, class_weight, sums, None, None, None, None), alpha, gamma, scale / count, eps)
+        finish((sums, None, avg_factor, output, None), scale / count, eps)
         return output
 
     return loss

@@ -13,7 +13,7 @@ from saccade.argument_checks import (
     require_same_device,
 )
 from saccade.gaussian_focal_loss import reference
-from saccade.loss_reduction import AVG_FACTOR_EPS, Reduction, checked_reduction, new_loss
+from saccade.loss_reduction import AVG_FACTOR_EPS, checked_reduction, new_loss
 from saccade.precision import compute_dtype
 from saccade.registration import DirectCall, Gradient, register, register_autograd, register_backward
 from saccade.triton_dispatch import served_by_triton
@@ -187,9 +187,9 @@ def scaled_gaussian_focal_loss(
         require_same_device(**{name: pred}, target=target, weight=weight)
         numbers = alpha, gamma, pos_weight, neg_weight, clip
     number = 1.0 if counts_positives else avg_factor
-    how = checked_reduction(reduction, number, scale=scale, eps=avg_factor_eps, **{name: pred})
+    how = checked_reduction(reduction, number, name, pred, scale, avg_factor_eps)
     if counts_positives and reduction != "none":
-        how = Reduction("num_pos", None, scale, avg_factor_eps)
+        how = "num_pos", None, scale, avg_factor_eps
     args = pred, target, weight, *numbers[:4], name == "logits", numbers[4], *how
     if way is None:
         way = _call.learn(tensors, others, args)
