@@ -28,7 +28,7 @@ class Gradient(Function):
     """How an operator is differentiated: ``backward``, and what it needs of the arguments and the result."""
 
     prepare: Any = None
-    """As ``DirectCall``'s, but makes what records the gradient, too; or ``None``, where that is done as always."""
+    """Like ``DirectCall``'s, of calls that need a gradient: makes what records that, too; or ``None``: as usual."""
 
     @staticmethod
     def save(ctx: Any, args: tuple[Any, ...], result: Any) -> None:
@@ -220,8 +220,9 @@ class DirectCall:
 
     That is where all tensors are ordinary ones of a GPU, and nothing watches calls. The dispatcher makes every argument
     a value of its own and back, twice where a gradient is recorded. A step of ``FocalLoss`` on 7200 x 10 logits took
-    1.7 to 2.1 times a step of torch's binary cross entropy through it, 1.3 to 1.5 times past it, and 0.8 to 1.3 times,
-    in the median 1.0, since its gradient comes with the loss and its calls are known (wall time beside an H200).
+    1.7 to 2.1 times a step of torch's binary cross entropy through it, 1.3 to 1.5 times past it, 1.0 to 1.1 times since
+    its gradient comes with the loss and its calls are known, and 0.85 to 0.95 times since that is a single launch (wall
+    time beside an H200).
 
     What checks of arguments come to, where a call goes and how its kernels are launched depends on all of the arguments
     but the values of tensors. Training makes the same calls again and again, so a public function may ask whether a
