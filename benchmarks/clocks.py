@@ -21,7 +21,7 @@ def device_us(call: Callable[[], object], inner: int = 20, repeats: int = 10) ->
 def wall_us_in_turns(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Best wall time of each call, microseconds, for calls that the host takes longer for than the GPU.
 
-    A host takes up to twice as long for a while, now and then. That is seen when they take turns, several times.
+    A host takes up to twice as long for a while, now and then: they take turns, so that no call alone meets with that.
     """
     best = dict.fromkeys(calls, math.inf)
     for _ in range(_ROUNDS):

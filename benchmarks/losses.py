@@ -133,9 +133,8 @@ def _passes(
     yield record("forward", "device", saccade_us, baselines=baselines, recorded=original("forward"))
     if workload == ALSO_ON_THE_WALL:
         with torch.no_grad():
-            times = wall_us_in_turns(
-                {"saccade": forward} | {form: partial(formula, logits) for form, formula in formulas.items()}
-            )
+            calls = {"saccade": partial(loss.call, target=target), **formulas}
+            times = wall_us_in_turns({form: partial(call, logits) for form, call in calls.items()})
         yield record("forward", "wall", times.pop("saccade"), baselines=times)
     say(f"{workload} {short}: timing backward")
     yield record("backward", "device", device_us(backward), recorded=original("backward"))

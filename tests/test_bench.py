@@ -393,6 +393,15 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
+def test_wall_times_are_taken_in_turns(monkeypatch):
+    times = {"saccade": iter([7.0, 5, 9, 8, 6, 6]), "other": iter([3.0, 9, 9, 9, 9, 2])}
+    order = []
+    monkeypatch.setattr(clocks, "wall_us", lambda call: next(times[call()]))
+    calls = {name: partial(lambda name: (order.append(name), name)[1], name) for name in times}
+    assert clocks.wall_us_in_turns(calls) == {"saccade": 5, "other": 2}
+    assert order == ["saccade", "other"] * 6
+
+
 def test_records_and_tables(clock, tmp_path):
     result = runner.invoke(app, ["bench", "--only", "aggregation", "--json", str(tmp_path / "results.json")])
     assert result.exit_code == 0, result.output

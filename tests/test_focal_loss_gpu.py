@@ -224,10 +224,11 @@ def test_the_mean_of_300_million_elements(form, classes, pattern):
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["default", "deterministic-algorithms"])
+@pytest.mark.parametrize("rows", [2003, 50_021])
 @each_kind
-def test_equal_bits_run_after_run(kind, strict):
+def test_equal_bits_run_after_run(kind, rows, strict):
     """While another stream keeps the GPU busy, and on another stream than the current one."""
-    call, values = of_kind(kind, rows=50_021)
+    call, values = of_kind(kind, rows)
     matrix = torch.randn(8192, 8192, device=DEVICE)
     product = torch.empty_like(matrix)
     busy, side = torch.cuda.Stream(), torch.cuda.Stream()

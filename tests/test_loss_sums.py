@@ -48,3 +48,43 @@ def test_few_programs_sum_many_tiles(form, programs, in_a_row, device, monkeypat
         gaussian_kernels._prepare.cache_clear()
     # Each element's rounding, some of float32's, and of the sums of a few tiles.
     assert_near("sum", total.cpu(), expected, 1e-6)
+
+
+class OnGpu:
+    """Predictions that are said to be on a GPU."""
+
+    def __init__(self, device: int = 0):
+        self.get_device = lambda: device
+        self.new_empty, self.new_zeros = torch.empty(0).new_empty, torch.empty(0).new_zeros
+
+
+def test_who_shares_a_counter(monkeypatch):
+    """Launches on one stream of the current GPU, and no others: of a graph, or on each thread's own stream."""
+    pytest.importorskip("triton")
+    from saccade import loss_reduction_kernels
+
+    stream, capturing = 7, False
+    monkeypatch.setattr(loss_reduction_kernels, "_workspaces", {})
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: stream, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: capturing, raising=False)
+
+    def counter(programs: int = 3, device: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        workspace = loss_reduction_kernels.workspace(programs, OnGpu(device), dtype)
+        assert len(workspace.sums) >= programs
+        assert workspace.sums.dtype == dtype
+        assert workspace.counter.tolist() == [0]
+        return workspace.counter
+
+    kept = counter()
+    assert counter(programs=1000) is kept
+    alone = [counter(programs=5000), counter(device=1), counter(device=-1), counter(dtype=torch.float64)]
+    capturing = True
+    alone += [counter(), counter()]
+    capturing, stream = False, 8
+    alone += [counter()]
+    stream = 2
+    alone += [counter(), counter()]
+    stream = 7
+    assert counter() is kept
+    assert len({id(each) for each in [kept, *alone]}) == 1 + len(alone)

@@ -5,6 +5,7 @@ The decision looks at the keys of tensors. With those of a CPU in place of a GPU
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from saccade import debug_checks, registration
 from saccade.focal_loss import api, sigmoid_focal_loss
@@ -22,6 +23,8 @@ from saccade.gaussian_focal_loss import gaussian_focal_loss_with_logits
 from saccade.gaussian_heatmap import api as heatmap_api
 from saccade.gaussian_heatmap import draw_heatmap, draw_heatmap_batched, heatmap_targets
 from saccade.ragged import RaggedBatch, batched_indexing_access, operators
+
+pytestmark = pytest.mark.interpreted  # where kernels are launched, few logits take a way of their own
 
 OF_CPU_TENSORS = registration._keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
 OF_CALLS = (
@@ -149,7 +152,6 @@ def test_tangents_are_not_lost(dispatched):
             sigmoid_focal_loss(dual, labels)
 
 
-@pytest.mark.interpreted
 @pytest.mark.parametrize("watched", ["forward", "backward"])
 def test_checkpoints_are_recomputed_past_the_dispatcher_or_not(watched, dispatched):
     """What is saved is told apart by its position, and must be the same either way."""
@@ -168,6 +170,28 @@ def test_checkpoints_are_recomputed_past_the_dispatcher_or_not(watched, dispatch
         loss = checkpoint(region, logits[1], use_reentrant=False)
     with profiled(watched == "backward"):
         loss.backward()
+    assert torch.equal(logits[0].grad, logits[1].grad)
+
+
+def test_selective_checkpoints_see_the_operator(dispatched):
+    """Their modes are of PyTorch's own, which what compares tensors overlooks."""
+    _, labels = inputs()
+    seen = []
+
+    def policy(context, operator, *args, **kwargs):
+        seen.append(str(operator))
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    def region(x: Tensor) -> Tensor:
+        return sigmoid_focal_loss(2 * x, labels)
+
+    logits = [inputs()[0].requires_grad_() for _ in range(2)]
+    region(logits[0]).backward()
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    loss = checkpoint(region, logits[1], use_reentrant=False, context_fn=contexts)
+    region(logits[0].detach().requires_grad_()).backward()
+    loss.backward()
+    assert "saccade.sigmoid_focal_loss.default" in seen
     assert torch.equal(logits[0].grad, logits[1].grad)
 
 
@@ -397,7 +421,6 @@ def test_targets_of_other_sizes_are_told_apart(as_gpu):
         heatmap_targets(centers, radii, (2, 3.0), counts=torch.tensor([1]))
 
 
-@pytest.mark.interpreted
 def test_fillers_are_told_apart(as_gpu, monkeypatch):
     monkeypatch.setattr(operators.gather, "_known", [])
     data = torch.zeros(1, 2)

@@ -17,8 +17,8 @@ AVG_FACTOR_EPS = 1.1920929e-07
 Reduction = tuple[str, Tensor | None, float, float]
 """How an operator reduces its loss, its last four arguments: ``kind``, ``avg_factor``, ``scale`` and ``eps``.
 
-``kind`` is none, mean or sum; ``avg_factor`` is what a mean divides by if not by the number of losses, ``eps`` what is
-added to it, and ``scale`` a factor of the result.
+``kind`` is none, mean or sum, or an operator's own; ``avg_factor`` is what a mean divides by if not by the number of
+losses, ``eps`` what is added to it, and ``scale`` a factor of the result.
 """
 
 

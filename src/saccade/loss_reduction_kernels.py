@@ -1,8 +1,8 @@
 """Kernels of what all losses do with their elements: visit them where they lie, and sum them in a fixed order.
 
 Each program of a loss's own kernel sums the elements of every n-th tile to one number. A kernel of one program then
-adds these numbers up and divides; or the program that ends last does, which saves a launch where those take longer than
-the kernels. A counter tells which one that is. As clearing it would take a launch again, it is kept, and cleared by
+adds these numbers up and divides; or the program that ends last does, where it takes longer to launch a kernel than to
+run it. A counter tells which one that is. As clearing it would take a launch again, it is kept, and cleared by
 that last program: one counter for each stream, whose launches follow each other. A CUDA graph clears a counter of its
 own, as it may be replayed beside anything. The order of the sum is always the same.
 """
@@ -94,7 +94,7 @@ def _finish_kernel(
 def finish_if_last(sums, counter, avg_factor, output, scale, eps):
     """`_finish`, in the program that ends last: each calls this when its sum is stored."""
     programs = tl.num_programs(0)
-    tl.debug_barrier()  # the thread that counts need not be the one that has stored the sum
+    tl.debug_barrier()  # in case that another thread counts than has stored the sum
     if tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1:
         tl.store(counter, 0)
         _finish(sums, None, avg_factor, output, None, scale, eps, programs)
@@ -116,8 +116,8 @@ _workspaces: dict[tuple[int, int, torch.dtype], Workspace] = {}
 def workspace(programs: int, predictions: Tensor, dtype: torch.dtype) -> Workspace:
     """Memory for a launch of so many programs on the current stream of the predictions' device.
 
-    What is kept for a stream, less than 10 kB, is never given back. That is safe with streams that are destroyed: CUDA
-    gives their numbers to others only when their work has ended.
+    What is kept for a stream and dtype, less than 10 kB, is never given back, not even if the stream is destroyed: CUDA
+    keeps what belongs to a stream until its work has ended, so no other one has its number before.
     """
     device = predictions.get_device()
     if (

@@ -28,7 +28,7 @@ class Gradient(Function):
     """How an operator is differentiated: ``backward``, and what it needs of the arguments and the result."""
 
     prepare: Any = None
-    """Like ``DirectCall``'s, of calls that need a gradient: makes what records that, too; or ``None``: as usual."""
+    """Given the arguments of a call, makes the whole of it, recording included; or ``None``: the usual is recorded."""
 
     @staticmethod
     def save(ctx: Any, args: tuple[Any, ...], result: Any) -> None:
@@ -159,19 +159,16 @@ _OF_NO_MODE = _keys("BackendSelect", "ADInplaceOrView")
 _RECORDING = DispatchKey.AutogradFunctionality
 
 
-def _is_watched() -> bool:
-    """Whether calls are traced, profiled or overridden, or tangents go with tensors: what no dispatch key tells."""
-    return (
+def _nothing_watches() -> bool:
+    """Whether nothing traces, transforms, profiles or overrides calls, and no tangents go with tensors."""
+    return not (
         torch.compiler.is_compiling()
         or profiler._is_profiler_enabled
         or forward_ad._current_level >= 0
         or torch._C._is_torch_function_mode_enabled()
+        or _modes_under_way().raw_repr() != _OF_NO_MODE
+        or _is_excluded(_RECORDING)
     )
-
-
-def _modes_are_usual() -> bool:
-    """Whether no dispatch key is there, or missing, for all tensors: of a transform, a mode, or below autograd."""
-    return _modes_under_way().raw_repr() == _OF_NO_MODE and not _is_excluded(_RECORDING)
 
 
 def unchecked_apply(function: type[Function]) -> Callable[..., Any]:
@@ -202,9 +199,8 @@ _MUCH_WASTE = 64
 def _guards() -> Any:
     """What torch.compile asks of the inputs of a graph, or ``None`` if this PyTorch has it in another form.
 
-    That is their types, dtypes, devices, sizes, strides, whether they require grad, and their dispatch keys, those
-    included that are there or missing for all tensors: one call, which takes 0.3 us for four tensors. Asking them one
-    by one takes several.
+    That is their types, dispatch keys, dtypes, devices, sizes, strides, and whether they require grad: one call for all
+    tensors, which takes 0.3 us for four. Asking them one by one takes several. Of dispatch modes it sees some, not all.
     """
     try:
         guards = torch._C._dynamo.guards.TensorGuards  # pyright: ignore[reportAttributeAccessIssue]
@@ -267,7 +263,7 @@ class DirectCall:
             tensors: Those of the caller's arguments that are not ``None``. What is no tensor is not known.
             others: All else that checks depend on: numbers, names, and which tensors are ``None``.
         """
-        if _is_watched() or debug_checks_enabled():
+        if not _nothing_watches() or debug_checks_enabled():
             return None
         count, kinds = len(tensors), [*map(type, others)]
         for known in self._known:
@@ -324,7 +320,7 @@ class DirectCall:
         return _counting_versions(call, self._written) if self._written else call
 
     def _can_be_direct(self, args: tuple[Any, ...]) -> bool:
-        if _is_watched() or not _modes_are_usual():
+        if not _nothing_watches():
             return False
         for position in self._tensors:
             tensor = args[position]

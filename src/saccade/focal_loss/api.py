@@ -312,7 +312,7 @@ class _SigmoidFocalLoss(Gradient):
         if (
             kind == "none"
             or not served_by_triton(logits)
-            or logits.dtype.itemsize < 4  # in half precision they vanish where the incoming gradient is to make up
+            or logits.dtype.itemsize < 4  # halves would underflow before the incoming gradient, as large as it may be
             or not logits.requires_grad
             or (weight is not None and weight.requires_grad)
             or not 0 < logits.numel() < _FEW_LOGITS

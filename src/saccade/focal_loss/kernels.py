@@ -424,19 +424,20 @@ def prepare_sigmoid_focal_loss(
             return output
 
         return losses
-    gradient = torch.empty_like(logits) if with_gradient else None  # for its strides, which are not always the logits'
-    launch, programs = _launch_for(_loss_kernel, logits, target, weight, [gradient], *how)
-    finish = prepared_finish(programs, logits.device)
     dtype = compute_dtype(logits)
     count = logits.numel() if kind == "mean" and avg_factor is None else 1
-    all_are_numbers = target.dtype != torch.bool and weight is None and class_weight is None
+    as_given = target.dtype != torch.bool and weight is None and class_weight is None
+    # A gradient has strides of its own, which are not always the logits'.
+    others = [torch.empty_like(logits) if with_gradient else None]
+    launch, programs = _launch_for(_loss_kernel, logits, target, weight, others, *how)
+    finish = prepared_finish(programs, logits.device)
 
     def loss(
         logits: Tensor, target: Tensor, weight: Tensor | None, class_weight: Tensor | None, *numbers: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         *_, avg_factor, scale, eps = numbers
         output = logits.new_empty(() if avg_factor is None else avg_factor.shape, dtype=dtype)
-        if not all_are_numbers:
+        if not as_given:
             target, weight, class_weight = as_numbers(target), as_numbers(weight), _packed(class_weight)
         if with_gradient:
             gradient = torch.empty_like(logits)
