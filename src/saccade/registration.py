@@ -217,7 +217,7 @@ class DirectCall:
     That is where all tensors are ordinary ones of a GPU, and nothing watches calls. The dispatcher makes every argument
     a value of its own and back, twice where a gradient is recorded. A step of ``FocalLoss`` on 7200 x 10 logits took
     1.7 to 2.1 times a step of torch's binary cross entropy through it, 1.3 to 1.5 times past it, 1.0 to 1.1 times since
-    its gradient comes with the loss and its calls are known, and 0.85 to 0.95 times since that is a single launch (wall
+    its gradient comes with the loss and its calls are known, and 0.83 to 0.96 times since that is a single launch (wall
     time beside an H200).
 
     What checks of arguments come to, where a call goes and how its kernels are launched depends on all of the arguments
