@@ -117,7 +117,8 @@ def workspace(programs: int, predictions: Tensor, dtype: torch.dtype) -> Workspa
     """Memory for a launch of so many programs on the current stream of the predictions' device.
 
     What is kept for a stream and dtype, less than 10 kB, is never given back, not even if the stream is destroyed: CUDA
-    keeps what belongs to a stream until its work has ended, so no other one has its number before.
+    keeps what belongs to a stream until its work has ended, so no other one has its number before. It comes from the
+    memory pool in use at the first call on the stream, and must not be unmapped with that.
     """
     device = predictions.get_device()
     if (

@@ -312,7 +312,7 @@ class _SigmoidFocalLoss(Gradient):
         if (
             kind == "none"
             or not served_by_triton(logits)
-            or logits.dtype.itemsize < 4  # halves would underflow before the incoming gradient, as large as it may be
+            or logits.dtype.itemsize < 4  # a half would underflow, before the scale of the loss multiplies it
             or not logits.requires_grad
             or (weight is not None and weight.requires_grad)
             or not 0 < logits.numel() < _FEW_LOGITS
