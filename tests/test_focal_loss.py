@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cases.focal_loss import EPS, sigmoid_oracle, softmax_oracle
-from saccade import registration
 from saccade.focal_loss import api, sigmoid_focal_loss, softmax_focal_loss
+from saccade.operator import torch_internals
 from saccade.triton_dispatch import served_by_triton
 
 X = [[2.0, -1.0, 0.5], [-3.0, 0.0, 1.0], [0.25, -0.75, 4.0]]
@@ -484,8 +484,8 @@ def past_the_dispatcher(device, monkeypatch) -> None:
     if not served_by_triton(torch.empty(0, device=device)):
         pytest.skip("has no kernel there")
     if device == "cpu":
-        keys = registration._keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
-        monkeypatch.setattr(registration, "_OF_GPU_TENSORS", keys)
+        keys = torch_internals._raw_keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
+        monkeypatch.setattr(torch_internals, "ORDINARY_GPU_KEYS", keys)
 
 
 COMES_WITH_THE_LOSS = {

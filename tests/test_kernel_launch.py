@@ -1,5 +1,10 @@
 """Kept launches tell apart whatever Triton compiles for; everything else about them shows on a GPU."""
 
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,7 +91,7 @@ def test_a_prepared_launch_is_that_of_the_kernel():
         kernel.prepare((3,), 7, CONSTANT=2)([MEMORY], 1)  # an int where the kernel takes a float
     for launch in launches:
         assert launch.grid == (3,)
-        assert launch.options == {"CONSTANT": 2}
+        assert launch.options == {"CONSTANT": 2, "enable_fp_fusion": True}
         assert launch.arguments[0] is MEMORY
         assert launch.arguments[2] == 7
     assert [launch.arguments[1] for launch in launches] == [0.5, 0.5, 1.0]
@@ -95,3 +100,36 @@ def test_a_prepared_launch_is_that_of_the_kernel():
 
 def test_launches_do_not_overlap_where_kernels_cannot():
     assert overlapping(torch.device("cpu")) == {"OVERLAP": False}
+
+
+def what_reaches_the_driver(tmp_path: Path, *options: str) -> dict[str, Any]:
+    """Launches that are kept, compared with Triton's own where they reach the driver: one that takes note of them."""
+    if torch.cuda.is_available() or served_by_triton(MEMORY):
+        pytest.skip("a GPU, or Triton's interpreter, has a driver of its own")
+    folder = Path(__file__).parent / "driver"
+    includes = Path(triton.__file__).parent / "backends/nvidia/include"
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    assert compiler, "needs a C compiler, as Triton itself does"
+    library = tmp_path / "libcuda.so.1"
+    command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-I", includes, folder / "libcuda.c"]
+    subprocess.run([*command, "-o", library], check=True)
+    library.with_name("libcuda.so").symlink_to(library)
+    script = [sys.executable, folder / "launches.py", tmp_path, *options]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_kept_launches_give_the_driver_what_triton_does(tmp_path):
+    found = what_reaches_the_driver(tmp_path)
+    assert found["differ"] == []
+    assert found["compared"] >= 25, "every kernel"
+    assert found["prepared"] >= 16
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_all_kept_launches_give_the_driver_what_triton_does(tmp_path):
+    found = what_reaches_the_driver(tmp_path, "--all")
+    assert found["differ"] == []
+    assert found["compared"] > 200

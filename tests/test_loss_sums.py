@@ -65,9 +65,9 @@ def test_who_shares_a_counter(monkeypatch):
 
     stream, capturing = 7, False
     monkeypatch.setattr(loss_reduction_kernels, "_workspaces", {})
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: stream, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: capturing, raising=False)
+    monkeypatch.setattr(loss_reduction_kernels, "current_gpu", lambda: 0)
+    monkeypatch.setattr(loss_reduction_kernels, "current_stream", lambda device: stream)
+    monkeypatch.setattr(loss_reduction_kernels, "is_capturing", lambda: capturing)
 
     def counter(programs: int = 3, device: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         workspace = loss_reduction_kernels.workspace(programs, OnGpu(device), dtype)

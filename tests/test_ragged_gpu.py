@@ -30,7 +30,7 @@ WITHOUT_WAITING = {
     "batched_index_mapping": lambda data, index, mask: ragged.batched_index_mapping(data * 2, index, index, data),
     "get_mask_from_indices": lambda data, index, mask: ragged.get_mask_from_indices(5, index)[..., None] * data,
     "batched_bool_indexing_write": lambda data, index, mask: ragged.batched_bool_indexing_write(
-        RaggedBatch(data * 2, sample_sizes=mask.tensor.sum(-1)), mask, data
+        RaggedBatch(data * 2, sample_sizes=(mask.tensor & mask.mask).sum(-1)), mask, data
     ),
     "average_over_targets": lambda data, index, mask: ragged.average_over_targets(RaggedBatch(data, index.mask)),
     "sum_over_targets": lambda data, index, mask: ragged.sum_over_targets(RaggedBatch(data, index.mask)),

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from saccade.argument_checks import require_floating, require_integer, require_shape
-from saccade.caching import may_be_kept
+from saccade.ordinary_tensors import may_be_kept
 from saccade.registration import Gradient, register, register_autograd
 from saccade.triton_dispatch import served_by_triton
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from saccade.argument_checks import InvalidArgumentError, InvalidStateError, require_tensor
-from saccade.caching import may_be_kept
+from saccade.ordinary_tensors import may_be_kept
 from saccade.ragged.rows import beside_entries, fill, fill_in_place
 
 
