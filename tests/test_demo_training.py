@@ -836,7 +836,7 @@ def test_without_tensorboard_one_line_says_what_to_install(tmp_path, monkeypatch
     result = demo("--out", tmp_path, "--tensorboard", tmp_path / "logs")
     assert result.exit_code == 2
     (line,) = result.stderr.strip().splitlines()
-    assert "pip install 'saccade[tensorboard]'" in line
+    assert "pip install 'saccade-ops[tensorboard]'" in line
 
 
 def test_a_directory_for_tensorboard_that_cannot_be_made_is_one_line(tmp_path):

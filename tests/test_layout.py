@@ -1,6 +1,7 @@
 """The rules of the house: what may import what, and that importing is free of side effects."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 import saccade
 
+ROOT = Path(__file__).parents[1]
 PACKAGE = Path(saccade.__file__).parent
 OPERATORS = sorted(path.parent.name for path in PACKAGE.glob("*/api.py"))
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -102,3 +104,16 @@ def test_every_public_name_has_a_docstring_and_exists():
     for name in saccade.__all__:
         value = getattr(saccade, name)
         assert name == "__version__" or value.__doc__, name
+
+
+def test_nothing_advises_to_install_the_other_project_of_this_name():
+    """On PyPI, `saccade` is another project; this one is `saccade-ops` there."""
+    advice = re.compile(r"saccade\[|pip install ([^`\n]* )?['\"]?saccade(?!-ops)")
+    assert advice.search("pip install 'saccade[demo]'")
+    assert advice.search("pip install --upgrade saccade")
+    assert not advice.search("`pip install '.[demo]'` and `saccade demo`")
+    folders = [path for name in ("src", "docs", "benchmarks") for path in (ROOT / name).rglob("*")]
+    texts = [path for path in (*folders, *ROOT.glob("*")) if path.suffix in (".py", ".md", ".toml", ".txt")]
+    assert {ROOT / "README.md", ROOT / "pyproject.toml", ROOT / "docs" / "demo.md", PACKAGE / "__main__.py"} <= {*texts}
+    for path in [*texts, ROOT / "Makefile"]:
+        assert not advice.search(path.read_text(encoding="utf-8")), path

@@ -15,7 +15,7 @@ def require_tensorboard() -> None:
         DemoError: It is not installed.
     """
     if find_spec("tensorboard") is None:
-        raise DemoError("--tensorboard: tensorboard is not installed; `pip install 'saccade[tensorboard]'` brings it")
+        raise DemoError("--tensorboard: tensorboard is not installed; `pip install 'saccade-ops[tensorboard]'` brings it")
 
 
 class Journal:
