@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from saccade.demo import DemoError, SampleError
+from saccade_demo import DemoError, SampleError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Fused PyTorch operators for training camera perception models."
@@ -127,8 +127,8 @@ def demo(
     """
     import torch
 
-    from saccade.demo.distribution import Ranks
-    from saccade.demo.run import DemoOptions, run_demo
+    from saccade_demo.run import DemoOptions, run_demo
+    from saccade_demo.training.distribution import Ranks
 
     ranks = Ranks()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
