@@ -1,16 +1,12 @@
 """Fixtures that all tests share."""
 
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
 from saccade.triton_dispatch import served_by_triton
-
-sys.path.insert(0, str(Path(__file__).parent))  # `cases` is a package of the tests, not of the library
 
 # A slow or busy machine must not fail a property; the same examples on every run keep a failure repeatable.
 settings.register_profile("saccade", deadline=None, derandomize=True, max_examples=40)

@@ -11,12 +11,12 @@ from functools import partial
 from typing import Any
 
 from saccade.cli import app
-from saccade.demo import run
-from saccade.demo.geometry import Sample
-from saccade.demo.model import DetectorConfig
-from saccade.demo.scene import scene
-from saccade.demo.source import RenderedScenes
-from saccade.demo.train import Trainer
+from saccade_demo import run
+from saccade_demo.data.source import RenderedScenes
+from saccade_demo.geometry import Sample
+from saccade_demo.model import DetectorConfig
+from saccade_demo.rendering.scene import scene
+from saccade_demo.training.trainer import Trainer
 
 IMAGE_WH = (96, 32)
 

@@ -1,12 +1,9 @@
 """``deformable_aggregation`` on a GPU: real sizes, equal bits, more than 2^31 elements, memory, streams and graphs."""
 
-import importlib
 import itertools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +11,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import saccade
+from benchmarks.aggregation_oracle import exact
+from benchmarks.workloads import aggregation
 from cases.deformable_aggregation import make, oracle
-
-# The benchmarks are beside the package, not in it.
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-aggregation = importlib.import_module("workloads").aggregation
-exact = importlib.import_module("aggregation_oracle").exact
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

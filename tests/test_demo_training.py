@@ -25,21 +25,22 @@ from typer.testing import CliRunner
 
 from saccade import RaggedBatch
 from saccade.cli import app
-from saccade.demo import DemoError, SampleError, journal, run, stream, train
-from saccade.demo.ahead import OnItsWay
-from saccade.demo.batch import Batch, make_batch
-from saccade.demo.checkpoint import FORMAT
-from saccade.demo.distribution import ALONE, Ranks
-from saccade.demo.geometry import Sample
-from saccade.demo.loss import DetectionLoss
-from saccade.demo.model import Detector, Output
-from saccade.demo.nuscenes import LoadedFrames
-from saccade.demo.recipe import Recipe
-from saccade.demo.run import DemoOptions, _checked_recipe, _what_it_is, density_and_range
-from saccade.demo.scene import scene
-from saccade.demo.source import RenderedScenes
-from saccade.demo.stream import VIEWS_APART, SeenImages, Stream, batches_of_steps, num_samples
-from saccade.demo.train import Trainer, decode
+from saccade_demo import DemoError, SampleError, run
+from saccade_demo.data.ahead import OnItsWay
+from saccade_demo.data.batch import Batch, make_batch
+from saccade_demo.data.nuscenes import LoadedFrames
+from saccade_demo.data.source import RenderedScenes
+from saccade_demo.geometry import Sample
+from saccade_demo.model import Detector, Output
+from saccade_demo.rendering.scene import scene
+from saccade_demo.run import DemoOptions, _checked_recipe, _what_it_is, density_and_range
+from saccade_demo.training import journal, stream
+from saccade_demo.training.checkpoint import FORMAT
+from saccade_demo.training.distribution import ALONE, Ranks
+from saccade_demo.training.loss import DetectionLoss
+from saccade_demo.training.recipe import Recipe
+from saccade_demo.training.stream import VIEWS_APART, SeenImages, Stream, batches_of_steps, num_samples
+from saccade_demo.training.trainer import Trainer, decode
 from small_demo import IMAGE_WH, SmallScenes, after_step, make_small, small_config
 
 SCRIPT = Path(__file__).with_name("small_demo.py")
@@ -230,7 +231,7 @@ def test_samples_looked_at_together_are_found_as_one_by_one(monkeypatch):
     samples = trainer.source.held_out
     alone = list(trainer.detections(samples))
     batches = []
-    monkeypatch.setattr(train, "EVALUATED_AT_ONCE", {"cpu": 2})
+    monkeypatch.setattr("saccade_demo.training.trainer.EVALUATED_AT_ONCE", {"cpu": 2})
     look = trainer.output
     monkeypatch.setattr(trainer, "output", lambda batch: batches.append(len(batch.images)) or look(batch))
     together = list(trainer.detections(iter(samples)))
@@ -428,7 +429,7 @@ def test_what_names_the_same_data_is_the_same_run():
 
 
 def test_a_checkpoint_of_another_detector_is_refused(undisturbed, monkeypatch):
-    monkeypatch.setattr("saccade.demo.run.DetectorConfig", partial(small_config, num_layers=1))
+    monkeypatch.setattr("saccade_demo.run.DetectorConfig", partial(small_config, num_layers=1))
     refused(undisturbed, "is of another detector")
 
 
@@ -836,7 +837,7 @@ def test_without_tensorboard_one_line_says_what_to_install(tmp_path, monkeypatch
     result = demo("--out", tmp_path, "--tensorboard", tmp_path / "logs")
     assert result.exit_code == 2
     (line,) = result.stderr.strip().splitlines()
-    assert "pip install 'saccade[tensorboard]'" in line
+    assert "pip install 'saccade-ops[tensorboard]'" in line
 
 
 def test_a_directory_for_tensorboard_that_cannot_be_made_is_one_line(tmp_path):

@@ -103,7 +103,7 @@ def test_from_the_command_line_without_the_extras(tmp_path):
     done = run("demo")
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert "pip install 'saccade[demo]'" in done.stderr
+    assert "pip install 'saccade-ops[demo]'" in done.stderr
 
 
 def test_debug_checks_nest_and_restore():

@@ -1,6 +1,5 @@
 """Focal losses on a GPU: real sizes, equal bits, more than 2^31 elements, memory, streams, graphs, kept kernels."""
 
-import importlib
 import itertools
 import subprocess
 import sys
@@ -8,13 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from benchmarks import workloads
 from cases.comparison import assert_near, assert_same_bits
 from cases.focal_loss import EPS, channels_to_the_end, sigmoid_exact, softmax_exact
 from cases.losses_on_gpu import (
@@ -28,10 +27,6 @@ from cases.losses_on_gpu import (
 )
 from saccade.focal_loss import sigmoid_focal_loss, softmax_focal_loss
 from saccade.nn import FocalLoss
-
-# The benchmarks are beside the package, not in it.
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-workloads = importlib.import_module("workloads")
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

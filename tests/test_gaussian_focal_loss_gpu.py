@@ -1,18 +1,16 @@
 """Gaussian focal losses on a GPU: real sizes, equal bits, more than 2^31 elements, memory, streams, graphs."""
 
-import importlib
 import itertools
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from benchmarks import workloads
 from cases.comparison import assert_near, assert_same_bits
 from cases.gaussian_focal_loss import EPS, exact
 from cases.losses_on_gpu import (
@@ -26,10 +24,6 @@ from cases.losses_on_gpu import (
 )
 from saccade.gaussian_focal_loss import gaussian_focal_loss, gaussian_focal_loss_with_logits
 from saccade.nn import GaussianFocalLoss
-
-# The benchmarks are beside the package, not in it.
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-workloads = importlib.import_module("workloads")
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -1,24 +1,18 @@
 """Drawing heatmaps on a GPU: real sizes, equal bits, more than 2^31 cells, memory, streams, graphs, compiled code."""
 
-import importlib
 import math
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import saccade
+from benchmarks import workloads
 from cases.gaussian_heatmap import mmdet3d_radius, mmdet_radius
 from cases.losses_on_gpu import BEYOND_32_BITS, needs_memory, synchronizing_raises
 from saccade.gaussian_heatmap import reference
-
-# The benchmarks are beside the package, not in it.
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-workloads = importlib.import_module("workloads")
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
