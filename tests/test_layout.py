@@ -79,6 +79,30 @@ def test_triton_is_imported_by_kernels_and_their_launch_alone():
         assert path in KERNELS or not depends_on(path, "saccade.kernel_launch"), path
 
 
+def private_names(path: Path) -> set[str]:
+    """Names of PyTorch and Triton with an underscore in front, or of modules of Triton's own, that a module uses."""
+    found = {name for name in imports(path) if name.split(".")[0] in ("torch", "triton")}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and re.fullmatch(r"[\w.]+", ast.unparse(node)):
+            found.add(ast.unparse(node))
+    of_triton = ("triton.runtime", "triton.compiler", "triton.backends", "triton.knobs")
+    return {
+        name
+        for name in found
+        if re.match(r"(torch|triton|forward_ad|profiler)\..*\b_[a-z]", name, re.IGNORECASE)
+        or re.search(r"\._version$", name)
+        or name.startswith(of_triton)
+    }
+
+
+def test_private_names_of_torch_and_triton_stand_in_one_file():
+    """Which says what happens without each, and `tests/test_torch_internals.py` deletes them one by one."""
+    one_file = PACKAGE / "operator" / "torch_internals.py"
+    assert private_names(one_file)
+    for path in [*MODULES, *DEMO_MODULES, *(ROOT / "benchmarks").glob("*.py")]:
+        assert path == one_file or not private_names(path), f"{path}: {private_names(path)}"
+
+
 def test_what_kernels_share_is_used_by_kernels_alone():
     for shared in (path for path in KERNELS if path.parent == PACKAGE):
         assert not [path for path in MODULES if path not in KERNELS and depends_on(path, module_of(shared))], shared

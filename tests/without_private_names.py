@@ -23,6 +23,14 @@ UNTOUCHED = ""
 """In place of a name: nothing is deleted."""
 
 
+class Gone:
+    """In place of an attribute that cannot be deleted."""
+
+    def __get__(self, *_):
+        """What an attribute does that is not there."""
+        raise AttributeError
+
+
 def delete(name: str) -> None:
     """Delete what `pkgutil.resolve_name` finds under a name."""
     module, _, attributes = name.partition(":")
@@ -30,9 +38,11 @@ def delete(name: str) -> None:
     owner = pkgutil.resolve_name(f"{module}:{'.'.join(owners)}" if owners else module)
     if owner is torch._C:  # PyTorch's own code still finds it: where the name is gone, it needs it no more
         torch._library.autograd._C = types.SimpleNamespace(**vars(torch._C))
-    try:
+    if last in vars(owner):
         delattr(owner, last)
-    except AttributeError:  # of the class
+    elif isinstance(owner, type):  # inherited from one that is written in C, and cannot be changed
+        setattr(owner, last, Gone())
+    else:
         delattr(type(owner), last)
     try:
         pkgutil.resolve_name(name)
@@ -61,6 +71,10 @@ def results(device: str) -> dict[str, list[torch.Tensor]]:
     with contextlib.suppress(RuntimeError):
         gradient.sum().backward()
         raise AssertionError("differentiated twice")
+    rows, *indices = saccade.feature_maps_format([torch.arange(120.0, device=device).view(1, 2, 3, 4, 5)])
+    groups = saccade.feature_maps_format([rows, *indices], inverse=True)
+    found["formatted back"] = [feature.cpu() for group in groups for feature in group]
+    assert found["formatted back"][0].shape == (1, 2, 3, 4, 5)
     data, index = torch.zeros(1, 2, device=device), torch.tensor([[9]], device=device)
     indices = saccade.RaggedBatch(index, sample_sizes=torch.tensor([1], device=device))
     with contextlib.suppress(IndexError):

@@ -80,6 +80,11 @@ RAGGED_KERNELS = FastPath(
     ("torch.autograd.forward_ad:_current_level",),
     "ragged batches are indexed by PyTorch's operators, as tangents of forward-mode differentiation might go with them",
 )
+KEPT_SIZES = FastPath(
+    "kept sizes of feature maps",
+    ("torch:Tensor._version",),
+    "index tensors of feature maps are made in each call, and formatting back reads sizes from the device",
+)
 LAUNCH_CACHE = FastPath(
     "launch cache",
     ("triton:knobs.runtime.launch_enter_hook", "triton.compiler:CompiledKernel.run"),
@@ -91,7 +96,16 @@ DEPENDENT_LAUNCH = FastPath(
     "a kernel is not made ready while the one before it ends",
 )
 
-FAST_PATHS = (GRADIENT_KEY, VERSION_KEY, DISPATCH_BYPASS, KNOWN_CALLS, RAGGED_KERNELS, LAUNCH_CACHE, DEPENDENT_LAUNCH)
+FAST_PATHS = (
+    GRADIENT_KEY,
+    VERSION_KEY,
+    DISPATCH_BYPASS,
+    KNOWN_CALLS,
+    RAGGED_KERNELS,
+    KEPT_SIZES,
+    LAUNCH_CACHE,
+    DEPENDENT_LAUNCH,
+)
 
 
 def fast_paths_off() -> Iterator[tuple[FastPath, str]]:
@@ -216,6 +230,11 @@ def tensor_guards() -> Any:
 def tangents_may_go_along() -> bool:
     """Whether forward-mode differentiation is under way, or that cannot be known."""
     return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def may_have_been_written_to(tensor: Tensor) -> bool:
+    """Whether a tensor was written to since it was made, or that cannot be known."""
+    return getattr(tensor, "_version", 1) != 0
 
 
 # ---- the current GPU and its stream: public functions ask the same, and whether CUDA is initialized, in Python
