@@ -85,6 +85,21 @@ KEPT_SIZES = FastPath(
     ("torch:Tensor._version",),
     "index tensors of feature maps are made in each call, and formatting back reads sizes from the device",
 )
+TREE_NODES = FastPath(
+    "ragged batches in PyTorch's trees",
+    (
+        "torch.utils._pytree:register_pytree_node",
+        "torch.utils._pytree:GetAttrKey",
+        "torch.utils._pytree:tree_map",
+    ),
+    "torch.compile, torch.export and torch.func do not see into ragged batches that a function takes or gives, and "
+    "move_ragged_inputs moves those alone that are arguments themselves",
+)
+COLLATING = FastPath(
+    "ragged batches in default_collate",
+    ("torch.utils.data._utils.collate:default_collate_fn_map",),
+    "samples that hold ragged batches need a collate_fn of your own",
+)
 LAUNCH_CACHE = FastPath(
     "launch cache",
     ("triton:knobs.runtime.launch_enter_hook", "triton.compiler:CompiledKernel.run"),
@@ -103,6 +118,8 @@ FAST_PATHS = (
     KNOWN_CALLS,
     RAGGED_KERNELS,
     KEPT_SIZES,
+    TREE_NODES,
+    COLLATING,
     LAUNCH_CACHE,
     DEPENDENT_LAUNCH,
 )
@@ -235,6 +252,56 @@ def tangents_may_go_along() -> bool:
 def may_have_been_written_to(tensor: Tensor) -> bool:
     """Whether a tensor was written to since it was made, or that cannot be known."""
     return getattr(tensor, "_version", 1) != 0
+
+
+# ---- trees and samples
+
+
+def register_tree_node(
+    cls: type,
+    leaves: Callable[[Any], dict[str, Any]],
+    rest: Callable[[Any], tuple[int, ...]],
+    put_together: Callable[[Any, tuple[int, ...]], Any],
+) -> None:
+    """Let PyTorch's trees look into a class, where they can be told of one.
+
+    Args:
+        cls: The class.
+        leaves: Gives what an object holds by name, trees themselves.
+        rest: Gives what else it is made of.
+        put_together: Makes an object of the values of leaves, and of the rest.
+    """
+    if not TREE_NODES.is_on():
+        return
+    from torch.utils import _pytree
+
+    def flatten_with_keys(value: Any) -> tuple[list[Any], tuple[int, ...]]:
+        return [(_pytree.GetAttrKey(name), leaf) for name, leaf in leaves(value).items()], rest(value)
+
+    _pytree.register_pytree_node(
+        cls,
+        lambda value: ([*leaves(value).values()], rest(value)),
+        put_together,
+        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        flatten_with_keys_fn=flatten_with_keys,
+        to_dumpable_context=list,
+        from_dumpable_context=tuple,
+    )
+
+
+def map_of_arguments(function: Callable[[Any], Any], args: Any, kwargs: Any, is_leaf: Callable[[Any], bool]) -> Any:
+    """The arguments of a call with a function applied to each leaf of them; to each argument, if trees are unknown."""
+    tree_map = _found("torch.utils._pytree:tree_map")
+    if tree_map is not None:
+        return tree_map(function, (args, kwargs), is_leaf=is_leaf)
+    return tuple(map(function, args)), {name: function(value) for name, value in kwargs.items()}
+
+
+def register_collation(cls: type, put_together: Callable[..., Any]) -> None:
+    """Have ``default_collate`` put samples of a class together, where it can be told to."""
+    functions = _found(*COLLATING.needs)
+    if functions is not None:
+        functions[cls] = put_together
 
 
 # ---- the current GPU and its stream: public functions ask the same, and whether CUDA is initialized, in Python
