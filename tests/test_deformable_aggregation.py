@@ -603,9 +603,7 @@ def test_format_on_another_gpu_than_the_current_one():
     assert torch.equal(saccade.feature_maps_format(groups)[0], row_by_row(groups))
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < 12e9, reason="needs a GPU with 12 GB free"
-)
+@pytest.mark.gpu_memory(12)
 def test_format_of_more_elements_than_32_bits_count():
     values = torch.arange(2**15 + 1, dtype=torch.float16, device="cuda").expand(2**15, -1)
     maps = [torch.stack([values, -values]).view(1, 1, 2, 2**15, 2**15 + 1)]
