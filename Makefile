@@ -7,14 +7,19 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .DELETE_ON_ERROR: # an environment that could not be finished is made again
-.PHONY: demo test check docs bench clean
+.PHONY: demo test test-all check docs bench clean
 
 demo: $(VENV)/demo-ready  ## train a small multi-camera detector with every operator; pictures in demo-output/
 	$(BIN)/python -m saccade demo
 
-test: check docs  ## lint, types, tests, docs
-	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) tests -m interpreted
+test: check docs  ## lint, types, docs, and all tests but slow ones
+	$(PYTEST) --durations=10 -m "not slow"
+	TRITON_INTERPRET=1 $(PYTEST) --durations=10 tests -m "interpreted and not slow"
+
+test-all: check docs  ## all tests, slow ones too, and those for the newest PyTorch
+	$(PYTEST) --durations=10
+	TRITON_INTERPRET=1 $(PYTEST) --durations=10 tests -m interpreted
+	$(MAKE) test-torch TORCH=2.15.0
 
 check: $(VENV)/ready  ## lint, format, types
 	$(BIN)/ruff check .

@@ -1128,17 +1128,19 @@ def test_training_that_takes_too_long_is_ended_with_all_its_processes(several_gp
             os.kill(rank, 0)
 
 
-def test_training_in_two_processes_is_measured(monkeypatch):
-    """The demo itself, made small, on the CPU."""
+@pytest.mark.parametrize("gpus", [(1,), pytest.param((1, 2), marks=pytest.mark.slow)])
+def test_training_in_two_processes_is_measured(monkeypatch, gpus):
+    """The demo itself, made small, on the CPU; without the slow case in one process alone."""
+    monkeypatch.setattr(demo, "GPUS", gpus)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in {"DEVICE": "cpu", "BATCH": 1, "STEPS": 4}.items():
         monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(demo, "PROGRAM", [str(ROOT / "tests" / "small_demo.py")])
     found = {record["gpus"]: record for record in demo.records(lambda _: None, lambda name: name == "demo/training")}
-    assert list(found) == [1, 2]
-    for gpus, record in found.items():
-        assert (record["batch"], record["steps"], record["backend"]) == (gpus, 4, "pytorch")
+    assert tuple(found) == gpus
+    for count, record in found.items():
+        assert (record["batch"], record["steps"], record["backend"]) == (count, 4, "pytorch")
         assert 0 < record["scenes_per_second"] < math.inf
         assert 0 < record["saccade_us"] < 60e6
 

@@ -45,6 +45,7 @@ from saccade_demo.rendering.scene import (
 from saccade_demo.rendering.solids import CLASS_NAMES, SIZES, random_parts
 from saccade_demo.rendering.surroundings import random_light
 from saccade_demo.run import DemoOptions, run_demo
+from small_demo import make_small
 
 REAL_FRAME = Path(__file__).resolve().parents[2] / "shared" / "nuscenes_frame"
 
@@ -570,7 +571,8 @@ def options(tmp_path: Path, **changes) -> DemoOptions:
     )
 
 
-def test_the_same_seed_gives_the_same_losses(tmp_path):
+def test_the_same_seed_gives_the_same_losses(tmp_path, monkeypatch):
+    make_small(monkeypatch.setattr)
     first, again = run_demo(options(tmp_path)), run_demo(options(tmp_path))
     other = run_demo(options(tmp_path, seed=1))
     assert first["losses"] == again["losses"]
