@@ -674,6 +674,13 @@ def test_an_option_changed_and_changed_back(name, option, fast):
         assert_told_apart(one, another, bool(other.alike), f"{name}, {option}, change {number}")
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_calls_without_gradients_and_calls_with_them(name, fast):
+    """The same options: whether a gradient is recorded is the state of the thread."""
+    with_them, without = (partial(outcome, name, FUNCTIONS[name].usual, fast, recorded) for recorded in (True, False))
+    assert_told_apart(with_them, without, may_be_alike=True, what=f"{name}, changed to no gradients")
+
+
 @pytest.mark.parametrize("recorded", [True, False])
 def test_both_forms_of_the_gaussian_loss_in_turn(recorded, fast):
     """They share their known calls."""
