@@ -27,6 +27,9 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+collect_ignore = ["driver"]  # a program, which is run by a test
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that fill a GPU's memory run one after the other, in one of the processes of `pytest --dist loadgroup`."""
     for item in items:
@@ -36,17 +39,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def room_on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The memory that a test's mark says it needs; what it leaves in the allocator is given back."""
+    """The memory that a test's mark says it needs; what tests leave in the allocator's cache is given back."""
     mark = request.node.get_closest_marker("gpu_memory")
-    if mark is None:
-        yield
-        return
-    (gigabytes,) = mark.args
-    if not torch.cuda.is_available():
-        pytest.skip(f"needs a GPU with {gigabytes} GB of free memory")
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    if free < gigabytes * 1e9:
-        pytest.skip(f"needs {gigabytes} GB of free GPU memory, there are {free / 1e9:.0f}")
+    if mark is not None:
+        (gigabytes,) = mark.args
+        if not torch.cuda.is_available():
+            pytest.skip(f"needs a GPU with {gigabytes} GB of free memory")
+        free, _ = torch.cuda.mem_get_info()
+        if free < gigabytes * 1e9:
+            pytest.skip(f"needs {gigabytes} GB of free GPU memory, there are {free / 1e9:.0f}")
     yield
-    torch.cuda.empty_cache()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -137,6 +137,26 @@ def test_a_kernel_compiled_for_aligned_memory_is_not_launched_with_other_memory(
         assert tensor.data_ptr() in {value for part in parts for value in (part if isinstance(part, tuple) else [part])}
 
 
+class OtherLauncher(RecordingLauncher):
+    """One that gives its function in C an argument more, as a later Triton may."""
+
+    def __call__(self, *args: Any) -> None:
+        self.launch(*args, "more")
+
+
+def test_a_launcher_of_a_form_that_is_not_known_is_left_to_triton(monkeypatch):
+    monkeypatch.setattr(torch_internals, "unknown_launchers", set())
+    launched: list[tuple] = []
+    kernel = SimpleNamespace(run=RecordingLauncher(launched), function=1, packed_metadata=())
+    known = torch_internals.direct_launch(kernel, [7], (2,))
+    assert known is not None
+    kernel.run = OtherLauncher(launched)
+    assert torch_internals.direct_launch(kernel, [7], (2,)) is None
+    assert torch_internals.unknown_launchers == {"OtherLauncher"}
+    assert torch_internals.direct_launch(SimpleNamespace(), [7], (2,)) is None
+    assert launched == [], "nothing is launched where it is only asked"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("function", [sigmoid_focal_loss, softmax_focal_loss])
 def test_memory_that_is_not_aligned_after_memory_that_is(function):

@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -115,35 +115,17 @@ OF_LOGITS = [
 ]
 
 
-def gaussian(name: str, predictions: Tensor) -> dict[str, Any]:
-    """Options of both forms of the Gaussian focal loss."""
-    return {
-        name: [
-            predictions.detach() / 2,
-            predictions.detach().double().requires_grad_(),
-            predictions.detach().half().requires_grad_(),
-            predictions.detach(),
-            Other({name: other_way_round(predictions)}, alike=ELSEWHERE),
-            Other({name: leaf(predictions.detach()[:2]), "target": HEATMAP[:2]}),
-        ],
-        "target": [1 - HEATMAP, HEATMAP.half(), Other({"target": other_way_round(HEATMAP)}, alike=ELSEWHERE)],
-        "alpha": [1.0, -1.0, Other({"alpha": 0}, {"alpha": 1.5})],
-        "gamma": [1.0, -1.0, Other({"gamma": 0}, {"gamma": 1.5})],
-        "weight": [
-            HEATMAP,
-            leaf(HEATMAP),
-            Other({"weight": OF_CLASSES}, {"weight": OF_ROWS[:, None]}),
-            one_for_another("weight", "avg_factor", ONE, 5.0),
-        ],
-        "pos_weight": [2.0, math.inf],
-        "neg_weight": [2.0, math.inf],
-        **OF_REDUCTION,
-        "avg_factor": [
-            *OF_REDUCTION["avg_factor"],
-            "num_pos",
-            Other({"avg_factor": "num_pos"}, {"avg_factor": 3.0}),
-        ],
-    }
+OF_PROBABILITIES = {
+    "pred": PROBABILITIES.detach() / 2,
+    "target": 1 - HEATMAP,
+    "alpha": 1.0,
+    "gamma": 1.0,
+    "weight": HEATMAP,
+    "pos_weight": 2.0,
+    "neg_weight": 2.0,
+    "reduction": ["none", "sum"],
+    "avg_factor": [3.0, ONE, "num_pos"],
+}
 
 
 def module(kind: type[torch.nn.Module]) -> dict[str, Any]:
@@ -251,16 +233,35 @@ FUNCTIONS = {
     ),
     "softmax_focal_loss": Function(
         {"logits": LOGITS, "target": LABELS},
-        {
-            "logits": OF_LOGITS,
-            **OF_LABELS,
-            **OF_REDUCTION,
-        },
+        {**OF_LABELS, "logits": LOGITS.detach() + 1, "reduction": ["none", "sum"], "avg_factor": [3.0, ONE]},
     ),
-    "gaussian_focal_loss": Function({"pred": PROBABILITIES, "target": HEATMAP}, gaussian("pred", PROBABILITIES)),
+    "gaussian_focal_loss": Function({"pred": PROBABILITIES, "target": HEATMAP}, OF_PROBABILITIES),
     "gaussian_focal_loss_with_logits": Function(
         {"logits": LOGITS, "target": HEATMAP},
-        {**gaussian("logits", LOGITS), "clip": [0.4, Other({"clip": 0.6}, {"clip": 0.3})]},
+        {
+            "logits": [
+                *OF_LOGITS[:-1],
+                Other({"logits": leaf(LOGITS.detach()[:2]), "target": HEATMAP[:2]}),
+            ],
+            "target": [1 - HEATMAP, HEATMAP.half(), Other({"target": other_way_round(HEATMAP)}, alike=ELSEWHERE)],
+            "alpha": [1.0, -1.0, Other({"alpha": 0}, {"alpha": 1.5})],
+            "gamma": [1.0, -1.0, Other({"gamma": 0}, {"gamma": 1.5})],
+            "weight": [
+                HEATMAP,
+                leaf(HEATMAP),
+                Other({"weight": OF_CLASSES}, {"weight": OF_ROWS[:, None]}),
+                one_for_another("weight", "avg_factor", ONE, 5.0),
+            ],
+            "pos_weight": [2.0, math.inf],
+            "neg_weight": [2.0, math.inf],
+            **OF_REDUCTION,
+            "avg_factor": [
+                *OF_REDUCTION["avg_factor"],
+                "num_pos",
+                Other({"avg_factor": "num_pos"}, {"avg_factor": 3.0}),
+            ],
+            "clip": [0.4, Other({"clip": 0.6}, {"clip": 0.3})],
+        },
     ),
     "nn.FocalLoss": Function(
         {"pred": LOGITS, "target": LABELS},
@@ -303,13 +304,7 @@ FUNCTIONS = {
     "nn.GaussianFocalLoss": Function(
         {"pred": PROBABILITIES, "target": HEATMAP},
         {
-            "pred": PROBABILITIES.detach() / 2,
-            "target": 1 - HEATMAP,
-            "alpha": 1.0,
-            "gamma": 1.0,
-            "weight": HEATMAP,
-            "pos_weight": 2.0,
-            "neg_weight": 2.0,
+            **OF_PROBABILITIES,
             "pos_inds": Other({"pos_inds": torch.tensor([1, 2]), "pos_labels": torch.tensor([0, 2])}),
             "pos_labels": Other(
                 {"pos_labels": torch.tensor([0, 1])},
@@ -636,24 +631,22 @@ def fast(device, monkeypatch) -> Iterator[str]:
     forget()
 
 
-def assert_told_apart(
-    usual: Callable[[], Any],
-    changed: Callable[[], Any],
-    in_fresh_state: Any,
-    may_be_alike: bool,
-    what: str,
-) -> None:
-    """Each gives the same whether or not it was called before, and the other one in between.
+def assert_told_apart(usual: Callable[[], Any], changed: Callable[[], Any], may_be_alike: bool, what: str) -> None:
+    """Each gives the same whether or not it was called before, and whether or not the other one was.
 
-    ``in_fresh_state`` is what the usual one gives.
+    Of two calls that are taken for one another, the one that comes first is right.
     """
     forget()
     of_changed = changed()
-    assert may_be_alike or of_changed != in_fresh_state, f"{what}: the changed call gives the same as the usual one"
-    assert usual() == in_fresh_state, f"{what}: the usual call gives something else than in a fresh state"
+    of_usual_after_it = usual()
+    forget()
+    of_usual = usual()
+    assert may_be_alike or of_changed != of_usual, f"{what}: the changed call gives the same as the usual one"
+    assert of_usual_after_it == of_usual, f"{what}: after the changed call, the usual one gives something else"
     if any(call._known for call in known_calls()):
+        assert changed() == of_changed, f"{what}: after the usual call, the changed one gives something else"
+        assert usual() == of_usual, f"{what}: the usual call, made before, gives something else than then"
         assert changed() == of_changed, f"{what}: the changed call, made before, gives something else than then"
-        assert usual() == in_fresh_state, f"{what}: the usual call, made before, gives something else than then"
 
 
 def test_every_public_function_is_here():
@@ -664,13 +657,6 @@ def test_every_public_function_is_here():
 def test_no_changed_value_is_left_over():
     for name, function in FUNCTIONS.items():
         assert set(function.changed) <= set(options_of(name)), name
-
-
-@cache
-def usual_outcome(name: str, device: str) -> list[tuple] | str:
-    """That of the usual call, in a fresh state."""
-    forget()
-    return outcome(name, FUNCTIONS[name].usual, device)
 
 
 @pytest.mark.parametrize(("name", "option"), EVERY_OPTION)
@@ -686,12 +672,14 @@ def test_an_option_changed_and_changed_back(name, option, fast):
         one, another = (
             partial(outcome, name, options, fast, other.recorded) for options in (against, against | other.options)
         )
-        if other.against or not other.recorded:
-            forget()
-            in_fresh_state = one()
-        else:
-            in_fresh_state = usual_outcome(name, fast)
-        assert_told_apart(one, another, in_fresh_state, bool(other.alike), f"{name}, {option}, change {number}")
+        assert_told_apart(one, another, bool(other.alike), f"{name}, {option}, change {number}")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_calls_without_gradients_and_calls_with_them(name, fast):
+    """The same options: whether a gradient is recorded is the state of the thread."""
+    with_them, without = (partial(outcome, name, FUNCTIONS[name].usual, fast, recorded) for recorded in (True, False))
+    assert_told_apart(with_them, without, may_be_alike=True, what=f"{name}, changed to no gradients")
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -702,8 +690,7 @@ def test_both_forms_of_the_gaussian_loss_in_turn(recorded, fast):
         partial(outcome, name, {argument: predictions, "target": HEATMAP}, fast)
         for name, argument in (("gaussian_focal_loss", "pred"), ("gaussian_focal_loss_with_logits", "logits"))
     )
-    forget()
-    assert_told_apart(one, another, one(), False, "forms")
+    assert_told_apart(one, another, may_be_alike=False, what="forms")
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,7 @@ class _Known:
     """Arguments that a call was made with, and where it went."""
 
     count: int  # of tensors
+    recording: bool  # whether autograd records
     kinds: list[type]
     others: tuple[Any, ...]
     fits: Callable[..., bool]  # tensors that differ in their values at most
@@ -268,9 +269,15 @@ class DirectCall:
         """
         if not nothing_watches() or debug_checks_enabled():
             return None
-        count, kinds = len(tensors), [*map(type, others)]
+        count, recording, kinds = len(tensors), torch.is_grad_enabled(), [*map(type, others)]
         for known in self._known:
-            if known.count == count and known.kinds == kinds and known.others == others and known.fits(*tensors):
+            if (
+                known.count == count
+                and known.recording == recording
+                and known.kinds == kinds
+                and known.others == others
+                and known.fits(*tensors)
+            ):
                 if not known.is_used:
                     known.is_used, self._wasted = True, 0
                 return known.way
@@ -297,7 +304,7 @@ class DirectCall:
         sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
         fits = tensor_guards()(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
         if fits(*tensors):  # it does not if one tensor is two arguments
-            self._keep(_Known(len(tensors), kinds, others, fits, way))
+            self._keep(_Known(len(tensors), torch.is_grad_enabled(), kinds, others, fits, way))
         return way
 
     def _keep(self, new: _Known) -> None:

@@ -102,7 +102,7 @@ COLLATING = FastPath(
 )
 LAUNCH_CACHE = FastPath(
     "launch cache",
-    ("triton:knobs.runtime.launch_enter_hook", "triton.compiler:CompiledKernel.run"),
+    ("triton:knobs.runtime.launch_enter_hook", "triton:knobs.runtime.launch_exit_hook"),
     "kernels are launched as Triton launches them, which takes the host several times as long",
 )
 DEPENDENT_LAUNCH = FastPath(
@@ -331,9 +331,9 @@ unknown_launchers: set[str] = set()
 
 def launch_watch() -> Callable[[], bool]:
     """What tells whether a profiler wants to hear of launches of Triton. Always, if that cannot be known."""
-    runtime = _found("triton:knobs.runtime")
-    if not hasattr(runtime, "launch_enter_hook"):
+    if not LAUNCH_CACHE.is_on():
         return lambda: True
+    runtime = _found("triton:knobs.runtime")
 
     def launches_are_watched() -> bool:
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
