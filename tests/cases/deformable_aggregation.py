@@ -81,10 +81,9 @@ def _unusual_locations() -> tuple[Tensor, ...]:
     return inputs
 
 
-def _case(name: str, *args, **kwargs) -> Case:
-    return Case(
-        f"deformable_aggregation/{name}", saccade.deformable_aggregation, partial(make, *args, **kwargs), oracle
-    )
+def _case(name: str, *args, anchors: int = 3, **kwargs) -> Case:
+    inputs = partial(make, *args, anchors=anchors, **kwargs)
+    return Case(f"deformable_aggregation/{name}", saccade.deformable_aggregation, inputs, oracle)
 
 
 CASES = [
