@@ -224,7 +224,7 @@ def _aggregate_kernel(
                 COMPUTE
             )  # (1, WARPS, G, 1)
             # The columns are added before the level is chosen: from Triton 3.8 on a choice between pointers to the
-            # beginnings of rows is not known to be one between multiples of 16 bytes, and they would be read one by one.
+            # beginnings of rows is not known to be one between multiples of 16 bytes, and loads would be narrow.
             source = maps[0] + (sample * map_rows[0] + row) * C + columns
             for level in tl.static_range(1, len(maps)):
                 here = maps[level] + (sample * map_rows[level] + row) * C + columns
