@@ -139,6 +139,16 @@ def _block_of_points(
 
 
 @triton.jit
+def _as_mask(flags):
+    """What ``&`` or ``|`` makes of a block of bools and a single one, as a mask.
+
+    Triton's interpreter makes integers of them, which it refuses as a mask from Triton 3.9 on. The compiler leaves the
+    comparison out.
+    """
+    return flags != 0
+
+
+@triton.jit
 def _any(flags):
     return tl.max(tl.max(tl.max(flags.to(tl.int32), 2), 1), 0) > 0
 
@@ -279,8 +289,9 @@ def _load_record(
     second = tl.load(shares + entry + 1, mask=exists, other=0)
     share = tl.load(shares + entry + 2, mask=exists, other=0)
     anchor = (record // (2 * L * PAIRS)).to(tl.int64)
-    incoming = tl.load(grad_output + anchor * C + columns, mask=in_row & exists, other=0)  # (H, G, C / G / H)
-    weight = tl.load(weights + record.to(tl.int64) // 2 * G + group, mask=(group < G) & exists, other=0).to(COMPUTE)
+    incoming = tl.load(grad_output + anchor * C + columns, mask=_as_mask(in_row & exists), other=0)  # (H, G, C / G / H)
+    in_group = _as_mask((group < G) & exists)
+    weight = tl.load(weights + record.to(tl.int64) // 2 * G + group, mask=in_group, other=0).to(COMPUTE)
     return record, first, second, share, incoming, weight
 
 
@@ -349,7 +360,7 @@ def _gather_kernel(
             if NEED_REST:
                 source, stop = _address_of(maps, row, samples, map_rows, C)
                 feature = tl.load(source + columns, mask=in_row, other=0).to(COMPUTE)
-                following = tl.load(source + C + columns, mask=in_row & (row + 1 < stop), other=0).to(COMPUTE)
+                following = tl.load(source + C + columns, mask=_as_mask(in_row & (row + 1 < stop)), other=0).to(COMPUTE)
             while position < end:
                 position += 1  # the next record is asked for before this one is worked on
                 next_record, next_first, next_second, next_share, next_incoming, next_weight = _load_record(
@@ -405,7 +416,7 @@ def _join_kernel(
         first_before = tl.load(window_rows + before)
         shared_before = _shared_rows(begins, first_before, tl.load(window_positions + before))
         row = first + tl.arange(0, 2)[None, :, None]
-        mine = (row < first + shared) & (row < rows) & ((window == 0) | (row >= first_before + shared_before))
+        mine = (row < first + shared) & (row < rows) & _as_mask((window == 0) | (row >= first_before + shared_before))
         channel = tl.arange(0, BLOCK_C)[None, None, :]
         total = tl.zeros([1, 2, BLOCK_C], COMPUTE)
         begin = first_before

@@ -223,11 +223,12 @@ def _aggregate_kernel(
             weight = tl.load(from_weights + (which // 2).to(tl.int64) * G, mask=(group < G) & (which >= 0), other=0).to(
                 COMPUTE
             )  # (1, WARPS, G, 1)
-            source = maps[0] + (sample * map_rows[0] + row) * C
+            # The columns are added before the level is chosen: from Triton 3.8 on a choice between pointers to the
+            # beginnings of rows is not known to be one between multiples of 16 bytes, and loads would be narrow.
+            source = maps[0] + (sample * map_rows[0] + row) * C + columns
             for level in tl.static_range(1, len(maps)):
-                here = maps[level] + (sample * map_rows[level] + row) * C
+                here = maps[level] + (sample * map_rows[level] + row) * C + columns
                 source = tl.where(which // 2 % L == level, here, source)
-            source += columns
             across = which % 2 * C
             f00 = tl.load(source, mask=in_row & (s00 >= 0), other=0).to(COMPUTE)
             f01 = tl.load(source + across, mask=in_row & (s01 >= 0), other=0).to(COMPUTE)
