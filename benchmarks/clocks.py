@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks import workloads
 from benchmarks.workloads import wall_us
@@ -29,6 +30,21 @@ def wall_us_in_turns(calls: Mapping[str, Callable[[], object]]) -> dict[str, flo
         for name, call in calls.items():
             best[name] = min(best[name], wall_us(call))
     return best
+
+
+def bce_us() -> float:
+    """Wall time of a step of torch's binary cross entropy on 7200 x 10 logits, microseconds.
+
+    The unit that wall times are compared in: hosts differ by half.
+    """
+    logits = torch.zeros(7200, 10, device="cuda", requires_grad=True)
+    target = torch.zeros_like(logits, requires_grad=False)
+
+    def step() -> None:
+        logits.grad = None
+        F.binary_cross_entropy_with_logits(logits, target).backward()
+
+    return wall_us(step)
 
 
 def _keep_busy() -> None:

@@ -4,13 +4,13 @@ A suite has one or more operators, which ``saccade.doctor`` checks before anythi
 function of ``quick``, ``say`` and ``is_wanted`` that yields a record for each workload and pass: ``workload``,
 ``pass``, ``dtype``, ``clock``, ``saccade_us``, ``floor_us``, ``baselines``, ``recorded`` and ``error``, and more if
 there is more to tell. What is under way it tells ``say``; workloads that are not wanted it leaves out. What is true of
-the whole run is added here. The training of the demo takes minutes and is run by its name alone.
+the whole run is added here, and to each wall time ``bce_us``, which was measured right after it. The training of the demo takes minutes and is run by its name alone.
 """
 
 import importlib
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import accvlab_protocol, aggregation, demo, heatmap, losses, ragged, tables
+from benchmarks import accvlab_protocol, aggregation, clocks, demo, heatmap, losses, ragged, tables
 from benchmarks.accuracy import WrongResultError
 from benchmarks.demo import FailedTrainingError as FailedTrainingError
 from saccade import doctor
@@ -97,7 +97,8 @@ def run(only: str | None, console: Console, quick: bool = False, protocol: str |
                 _check(operator)
         for operator, records_of in suite.items():
             with console.status(operator) as status:
-                of_operator = list(records_of(quick, status.update, partial(_is_wanted, only, name, operator)))
+                wanted = partial(_is_wanted, only, name, operator)
+                of_operator = list(_with_unit(records_of(quick, status.update, wanted)))
             backend = doctor.backend(operator, "cuda")
             of_operator = [record | {"backend": backend} | machine for record in of_operator]
             for clock, title in tables.CLOCKS.items():
@@ -116,7 +117,7 @@ def _run_protocol(console: Console, quick: bool, machine: dict[str, str]) -> lis
     _check(operator)
     backend = doctor.backend(operator, "cuda")
     with console.status(operator) as status:
-        of_protocol = list(accvlab_protocol.records(quick, status.update))
+        of_protocol = list(_with_unit(accvlab_protocol.records(quick, status.update)))
     columns = accvlab_protocol.columns(of_protocol)
     title = f"ACCV-Lab's benchmark programs, microseconds: {operator} ({backend}) on {machine['gpu']}"
     console.print(_table(title, columns, accvlab_protocol.programs(), is_wide=True))
@@ -134,6 +135,11 @@ def _run_demo(only: str, console: Console, machine: dict[str, str]) -> list[dict
     for title, (_, columns) in tables.of_training(of_demo).items():
         console.print(_table(f"{title}: demo on {machine['gpu']}", columns, [], is_wide=True))
     return of_demo
+
+
+def _with_unit(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for record in records:
+        yield record | ({"bce_us": clocks.bce_us()} if record["clock"] == "wall" else {})
 
 
 def _is_wanted(only: str | None, suite: str, operator: str, workload: str) -> bool:

@@ -206,9 +206,24 @@ def test_opcheck(case: Case, device: str):
         torch.library.opcheck(operator, args, kwargs)
 
 
-@each_case
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compile(case: Case, device: str, dynamic: bool):
+def compiled_cases() -> list:
+    """Every case with sizes that are compiled in, and with sizes that vary.
+
+    The latter take most of the time. Cases whose inputs are of the same kinds trace nearly the same program, so of
+    these one is compiled so and the others are slow.
+    """
+    compiled, seen = [pytest.param(case, False, id=f"static-{case.name}") for case in CASES], set()
+    for case in CASES:
+        kinds = [(v.dtype, v.dim(), v.requires_grad) if isinstance(v, Tensor) else type(v) for v in case.inputs()]
+        key = (case.name.split("/")[0], *kinds)
+        marks = [pytest.mark.slow] if key in seen else []
+        compiled.append(pytest.param(case, True, id=f"dynamic-{case.name}", marks=marks))
+        seen.add(key)
+    return compiled
+
+
+@pytest.mark.parametrize(("case", "dynamic"), compiled_cases())
+def test_compile(case: Case, dynamic: bool, device: str):
     torch._dynamo.reset()
     expected = usual(case, device)
     compiled = torch.compile(case.call, backend="aot_eager", fullgraph=True, dynamic=dynamic)
