@@ -23,11 +23,11 @@ test-all: check docs  ## all tests, slow ones too, and those for the newest PyTo
 	TRITON_INTERPRET=1 $(PYTEST) --durations=10 tests -m interpreted
 	$(MAKE) test-torch TORCH=2.15.0
 
-# Slow tests are what a GPU does not make different. Those that fill its memory are a group, in one of the processes.
+# Tests that fill the memory of a GPU are a group, which one of the processes runs.
 test-gpu: $(if $(filter $(BIN)/python,$(WITH)),$(VENV)/ready)  ## all tests that a GPU can run; fails where there is none
 	$(WITH) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch finds no GPU")'
 	OMP_NUM_THREADS=1 PYTHONPATH=src $(WITH) -m pytest --numprocesses logical --maxprocesses 16 --dist loadgroup \
-		--durations=10 -m "not slow"
+		--durations=10
 
 check: $(VENV)/ready  ## lint, format, types
 	$(BIN)/ruff check .
