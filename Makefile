@@ -5,16 +5,29 @@ BIN := $(VENV)/bin
 # A process for each core, but no more than four: on a GPU each takes memory for a context of its own. One thread each, or
 # PyTorch would take every core in every process. Tests take very different times, which `worksteal` evens out.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+# What the GPU tests run with: `make test-gpu WITH=python3` takes a Python that has torch, Triton and pytest already.
+WITH ?= $(BIN)/python
 
 .DELETE_ON_ERROR: # an environment that could not be finished is made again
-.PHONY: demo test check docs bench clean
+.PHONY: demo test test-all test-gpu check docs bench clean
 
 demo: $(VENV)/demo-ready  ## train a small multi-camera detector with every operator; pictures in demo-output/
 	$(BIN)/python -m saccade demo
 
-test: check docs  ## lint, types, tests, docs
-	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) tests -m interpreted
+test: check docs  ## lint, types, docs, and all tests but slow ones
+	$(PYTEST) --durations=10 -m "not slow"
+	TRITON_INTERPRET=1 $(PYTEST) --durations=10 tests -m "interpreted and not slow"
+
+test-all: check docs  ## all tests, slow ones too, and those for the newest PyTorch
+	$(PYTEST) --durations=10
+	TRITON_INTERPRET=1 $(PYTEST) --durations=10 tests -m interpreted
+	$(MAKE) test-torch TORCH=2.15.0
+
+# Slow tests are what a GPU does not make different. Those that fill its memory are a group, in one of the processes.
+test-gpu: $(if $(filter $(BIN)/python,$(WITH)),$(VENV)/ready)  ## all tests that a GPU can run; fails where there is none
+	$(WITH) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch finds no GPU")'
+	OMP_NUM_THREADS=1 PYTHONPATH=src $(WITH) -m pytest --numprocesses logical --maxprocesses 16 --dist loadgroup \
+		--durations=10 -m "not slow"
 
 check: $(VENV)/ready  ## lint, format, types
 	$(BIN)/ruff check .

@@ -14,17 +14,17 @@ or loaded. Those of the original are compiled when it is installed.
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import heatmap_oracle
 import torch
-from clocks import device_us
-from heatmap import checked_errors, concatenated, draw_box_by_box, unwarmed_us
-from records import Say, new_record
-from tables import RECORDED_ON, Column, time_text
 from torch import Tensor
-from training_step import forget
-from workloads import HeatmapInputs
 
 import saccade
+from benchmarks import heatmap_oracle
+from benchmarks.clocks import device_us
+from benchmarks.heatmap import checked_errors, concatenated, draw_box_by_box, unwarmed_us
+from benchmarks.records import Say, new_record
+from benchmarks.tables import RECORDED_ON, Column, time_text
+from benchmarks.training_step import forget
+from benchmarks.workloads import HeatmapInputs
 
 BATCH, TARGETS, HEIGHT, WIDTH, CLASSES = 48, 50, 20, 50, 20
 DEVICE = "cuda"

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accuracy import WrongResultError, require_accurate
-from aggregation_oracle import exact
-from clocks import device_us
-from records import COPY_BYTES_PER_US, IsWanted, Say, new_record
 from torch import Tensor
-from training_step import as_leaves, forget, forward_backward, memory_of, size_of
-from workloads import AGGREGATION, AggregationInputs, aggregation, aggregation_floor_bytes, wall_us
 
 import saccade
+from benchmarks.accuracy import WrongResultError, require_accurate
+from benchmarks.aggregation_oracle import exact
+from benchmarks.clocks import device_us
+from benchmarks.records import COPY_BYTES_PER_US, IsWanted, Say, new_record
+from benchmarks.training_step import as_leaves, forget, forward_backward, memory_of, size_of
+from benchmarks.workloads import AGGREGATION, AggregationInputs, aggregation, aggregation_floor_bytes, wall_us
 
 WORKLOADS = [*((name, torch.float32) for name in AGGREGATION), ("det-b8", torch.bfloat16), ("det-b8", torch.float16)]
 MAPS_WORKLOAD = "det-b8"  # what is also timed as a list of maps, and from there to rows

@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
-import workloads
-from workloads import wall_us
+
+from benchmarks import workloads
+from benchmarks.workloads import wall_us
 
 _SECONDS = 0.1
 _ROUNDS = 6

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accuracy import WrongResultError
-from records import IsWanted, Say, new_record
+
+from benchmarks.accuracy import WrongResultError
+from benchmarks.records import IsWanted, Say, new_record
 
 DEVICE = "cuda"
 PROGRAM = ["-m", "saccade"]

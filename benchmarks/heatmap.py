@@ -4,18 +4,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import heatmap_oracle
 import numpy as np
 import torch
-from accuracy import WrongResultError, require_accurate
-from clocks import device_us
-from records import COPY_BYTES_PER_US, IsWanted, Say, new_record
 from torch import Tensor
-from training_step import forget, size_of
-from workloads import HEATMAP, HeatmapInputs, wall_us
-from workloads import heatmap as heatmap_inputs
 
 import saccade
+from benchmarks import heatmap_oracle
+from benchmarks.accuracy import WrongResultError, require_accurate
+from benchmarks.clocks import device_us
+from benchmarks.records import COPY_BYTES_PER_US, IsWanted, Say, new_record
+from benchmarks.training_step import forget, size_of
+from benchmarks.workloads import HEATMAP, HeatmapInputs, wall_us
+from benchmarks.workloads import heatmap as heatmap_inputs
 
 ALSO_REDRAWN_ON_THE_WALL = "accvlab"  # so small that the call costs more than the drawing
 

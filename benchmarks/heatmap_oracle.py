@@ -5,7 +5,8 @@ Written from the definition and independent of the library: every cell of a map 
 
 import torch
 from torch import Tensor
-from workloads import HeatmapInputs
+
+from benchmarks.workloads import HeatmapInputs
 
 
 def exact(inputs: HeatmapInputs) -> Tensor:  # (B, H, W) or (B, C, H, W) float64

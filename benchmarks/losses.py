@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from accuracy import require_accurate
-from clocks import device_us, wall_us_in_turns
-from losses_oracle import exact, gaussian_focal, sigmoid_focal
-from records import COPY_BYTES_PER_US, IsWanted, Say, new_record
 from torch import Tensor
-from training_step import as_leaves, forget, forward_backward, memory_of, size_of
-from workloads import FOCAL, GAUSSIAN_FOCAL, focal, wall_us
-from workloads import gaussian_focal as gaussian_focal_inputs
 
 import saccade
+from benchmarks.accuracy import require_accurate
+from benchmarks.clocks import device_us, wall_us_in_turns
+from benchmarks.losses_oracle import exact, gaussian_focal, sigmoid_focal
+from benchmarks.records import COPY_BYTES_PER_US, IsWanted, Say, new_record
+from benchmarks.training_step import as_leaves, forget, forward_backward, memory_of, size_of
+from benchmarks.workloads import FOCAL, GAUSSIAN_FOCAL, focal, wall_us
+from benchmarks.workloads import gaussian_focal as gaussian_focal_inputs
 from saccade.loss_reduction import AVG_FACTOR_EPS
 from saccade.nn import FocalLoss
 

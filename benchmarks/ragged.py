@@ -5,18 +5,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import detr_loss
 import torch
 import torch.nn.functional as F
-from accuracy import require_accurate
-from clocks import device_us, wall_us_in_turns
-from detr_loss import Matched, Objects, RaggedObjects
-from records import COPY_BYTES_PER_US, IsWanted, Say, new_record
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from training_step import as_leaves, forget, forward_backward, size_of
-from workloads import wall_us
 
+from benchmarks import detr_loss
+from benchmarks.accuracy import require_accurate
+from benchmarks.clocks import device_us, wall_us_in_turns
+from benchmarks.detr_loss import Matched, Objects, RaggedObjects
+from benchmarks.records import COPY_BYTES_PER_US, IsWanted, Say, new_record
+from benchmarks.training_step import as_leaves, forget, forward_backward, size_of
+from benchmarks.workloads import wall_us
 from saccade import RaggedBatch, ragged
 
 DEVICE = "cuda"

@@ -15,19 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import accvlab_protocol
-import aggregation
-import demo
-import heatmap
-import losses
-import ragged
-import tables
 import torch
-from accuracy import WrongResultError
-from demo import FailedTrainingError as FailedTrainingError
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import accvlab_protocol, aggregation, demo, heatmap, losses, ragged, tables
+from benchmarks.accuracy import WrongResultError
+from benchmarks.demo import FailedTrainingError as FailedTrainingError
 from saccade import doctor
 
 SUITES = {

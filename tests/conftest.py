@@ -1,16 +1,13 @@
 """Fixtures that all tests share."""
 
 import signal
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
 
 from saccade.triton_dispatch import served_by_triton
-
-sys.path.insert(0, str(Path(__file__).parent))  # `cases` is a package of the tests, not of the library
 
 # A slow or busy machine must not fail a property; the same examples on every run keep a failure repeatable.
 settings.register_profile("saccade", deadline=None, derandomize=True, max_examples=40)
@@ -28,3 +25,28 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and not INTERPRETED e
 def device(request: pytest.FixtureRequest) -> str:
     """Each test that takes this runs on the CPU and, where there is one, on the GPU."""
     return request.param
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fill a GPU's memory run one after the other, in one of the processes of `pytest --dist loadgroup`."""
+    for item in items:
+        if item.get_closest_marker("gpu_memory"):
+            item.add_marker(pytest.mark.xdist_group("gpu_memory"))
+
+
+@pytest.fixture(autouse=True)
+def room_on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The memory that a test's mark says it needs; what it leaves in the allocator is given back."""
+    mark = request.node.get_closest_marker("gpu_memory")
+    if mark is None:
+        yield
+        return
+    (gigabytes,) = mark.args
+    if not torch.cuda.is_available():
+        pytest.skip(f"needs a GPU with {gigabytes} GB of free memory")
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    if free < gigabytes * 1e9:
+        pytest.skip(f"needs {gigabytes} GB of free GPU memory, there are {free / 1e9:.0f}")
+    yield
+    torch.cuda.empty_cache()

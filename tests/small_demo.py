@@ -7,18 +7,24 @@ lost its power, or FAILING_RANK of several.
 import os
 import signal
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from saccade.cli import app
-from saccade.demo import run
-from saccade.demo.geometry import Sample
-from saccade.demo.model import DetectorConfig
-from saccade.demo.scene import scene
-from saccade.demo.source import RenderedScenes
-from saccade.demo.train import Trainer
+from saccade_demo import run
+from saccade_demo.data.source import RenderedScenes
+from saccade_demo.geometry import Sample
+from saccade_demo.model import DetectorConfig
+from saccade_demo.rendering.scene import scene
+from saccade_demo.training.trainer import Trainer
 
 IMAGE_WH = (96, 32)
+
+
+@cache
+def small_scene(seed: int, split: str, index: int) -> Sample:
+    """Rendered once in a process: that takes as long as a step."""
+    return scene(seed, split, index, IMAGE_WH)
 
 
 class SmallScenes(RenderedScenes):
@@ -26,10 +32,10 @@ class SmallScenes(RenderedScenes):
 
     def __init__(self, seed: int, held_out: int):
         super().__init__(seed, 0)
-        self.held_out = [scene(seed, "held-out", index, IMAGE_WH) for index in range(3)]
+        self.held_out = [small_scene(seed, "held-out", index) for index in range(3)]
 
     def training(self, number: int) -> Sample:
-        return scene(self.seed, "train", number, IMAGE_WH)
+        return small_scene(self.seed, "train", number)
 
 
 small_config = partial(DetectorConfig, widths=(8, 16, 16), embed_dims=16, num_groups=2, num_anchors=16)

@@ -1,6 +1,5 @@
 """``saccade bench``: its exact results, what it refuses to time, its records and the tables made of them."""
 
-import importlib
 import itertools
 import json
 import math
@@ -18,22 +17,29 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import saccade
+from benchmarks import (
+    accuracy,
+    accvlab_protocol,
+    aggregation,
+    aggregation_oracle,
+    clocks,
+    demo,
+    detr_loss,
+    heatmap,
+    heatmap_oracle,
+    losses,
+    losses_oracle,
+    ragged,
+    run,
+    tables,
+    workloads,
+)
+from benchmarks import records as records_of_runs
 from cases.deformable_aggregation import make, oracle
 from saccade import doctor
 from saccade.cli import app
 
 ROOT = Path(__file__).parents[1]
-
-# As `saccade bench` does: the benchmarks are beside the package, not in it.
-sys.path.insert(0, str(ROOT / "benchmarks"))
-accuracy, aggregation, aggregation_oracle, losses, losses_oracle, run, tables, workloads = map(
-    importlib.import_module,
-    ("accuracy", "aggregation", "aggregation_oracle", "losses", "losses_oracle", "run", "tables", "workloads"),
-)
-heatmap, heatmap_oracle, accvlab_protocol, clocks = map(
-    importlib.import_module, ("heatmap", "heatmap_oracle", "accvlab_protocol", "clocks")
-)
-demo, detr_loss, ragged, records_of_runs = map(importlib.import_module, ("demo", "detr_loss", "ragged", "records"))
 
 KEYS = {
     *("workload", "pass", "dtype", "clock", "saccade_us", "floor_us", "baselines", "recorded", "error"),
@@ -683,6 +689,19 @@ def test_a_file_of_something_else_is_not_written_over(content, clock, tmp_path):
     assert clock.calls == 0  # told before time is spent
 
 
+def test_where_the_benchmarks_are_found(tmp_path):
+    """In the root of a checkout, installed or not; another project's are none."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    for folder, is_found in ((ROOT, True), (tmp_path, False)):
+        command = [sys.executable, "-m", "saccade", "bench", "--only", "nonsense"]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert ("runs from a checkout" not in done.stderr) == is_found
+
+
 def refused(clock, tmp_path, *arguments: str) -> str:
     """The complaint of a run that must time nothing and write nothing."""
     result = runner.invoke(app, ["bench", "--quick", "--json", str(tmp_path / "results.json"), *arguments])
@@ -1109,17 +1128,19 @@ def test_training_that_takes_too_long_is_ended_with_all_its_processes(several_gp
             os.kill(rank, 0)
 
 
-def test_training_in_two_processes_is_measured(monkeypatch):
-    """The demo itself, made small, on the CPU."""
+@pytest.mark.parametrize("gpus", [(1,), pytest.param((1, 2), marks=pytest.mark.slow)])
+def test_training_in_two_processes_is_measured(monkeypatch, gpus):
+    """The demo itself, made small, on the CPU; without the slow case in one process alone."""
+    monkeypatch.setattr(demo, "GPUS", gpus)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in {"DEVICE": "cpu", "BATCH": 1, "STEPS": 4}.items():
         monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(demo, "PROGRAM", [str(ROOT / "tests" / "small_demo.py")])
     found = {record["gpus"]: record for record in demo.records(lambda _: None, lambda name: name == "demo/training")}
-    assert list(found) == [1, 2]
-    for gpus, record in found.items():
-        assert (record["batch"], record["steps"], record["backend"]) == (gpus, 4, "pytorch")
+    assert tuple(found) == gpus
+    for count, record in found.items():
+        assert (record["batch"], record["steps"], record["backend"]) == (count, 4, "pytorch")
         assert 0 < record["scenes_per_second"] < math.inf
         assert 0 < record["saccade_us"] < 60e6
 

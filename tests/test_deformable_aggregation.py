@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import saccade
+from cases import TOLERANCES
+from cases.comparison import assert_near
 from cases.deformable_aggregation import make, oracle
 from saccade.triton_dispatch import served_by_triton
 
@@ -304,6 +306,36 @@ def test_rows_that_do_not_exist():
         start[1, 1] = bad
         with pytest.raises(ValueError, match=rf"2 x 2 pixels at row {bad} \(camera 1, level 1\)"):
             saccade.deformable_aggregation(features, shape, start, location, weights)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("begin", "height"), [(-1, 3), (-5, 3), (13, 3), (19, 3), (24, 3), (0, 9)])
+def test_kernels_touch_no_rows_that_do_not_exist(begin, height, device):
+    """What lies before and behind the features is NaN; between two samples each has the rows of the other."""
+    if not served_by_triton(torch.empty(0, device=device)):
+        pytest.skip("has no kernel there")
+    from saccade.deformable_aggregation import backward_kernels, kernels
+
+    rows, channels = 24, 4  # of two cameras' maps of 3 x 4 pixels
+    features, shape, start, location, weights = make([[(3, 4)], [(3, 4)]], anchors=2, points=4, channels=channels)
+    shape[1, 0, 0], start[1, 0] = height, begin
+    with torch.no_grad():  # about the corners of the map and in its middle, and between pixels
+        location[:, 0] = torch.tensor([[0.12, 0.12], [0.88, 0.12], [0.12, 0.88], [0.88, 0.88]])[:, None]
+        location[:, 1] = torch.tensor([[0.4, 0.2], [0.6, 0.4], [0.3, 0.6], [0.7, 0.72]])[:, None]
+    leaves = [features, location, weights]
+    expected = oracle(features.double(), shape, start, location.double(), weights.double())
+    grad_output = torch.ones_like(expected)
+    expected = [expected, *torch.autograd.grad(expected, leaves, grad_output)]
+
+    memory = torch.full((3 * 2 * rows, channels), float("nan"), device=device)
+    between = memory[2 * rows : 4 * rows].view(2, rows, channels).copy_(features.detach())
+    assert between.is_contiguous()  # or kernels get a copy
+    inputs = [between], *(value.detach().to(device) for value in (shape, start, location, weights))
+    output = kernels.deformable_aggregation(*inputs)
+    grad_output = grad_output.to(output)
+    (grad_features,), *gradients = backward_kernels.deformable_aggregation_backward(grad_output, *inputs, [True] * 3)
+    for number, (actual, wanted) in enumerate(zip([output, grad_features, *gradients], expected, strict=True)):
+        assert_near(f"result {number}", actual, wanted, TOLERANCES[torch.float32])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the CPU raises instead")
@@ -603,9 +635,7 @@ def test_format_on_another_gpu_than_the_current_one():
     assert torch.equal(saccade.feature_maps_format(groups)[0], row_by_row(groups))
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < 12e9, reason="needs a GPU with 12 GB free"
-)
+@pytest.mark.gpu_memory(12)
 def test_format_of_more_elements_than_32_bits_count():
     values = torch.arange(2**15 + 1, dtype=torch.float16, device="cuda").expand(2**15, -1)
     maps = [torch.stack([values, -values]).view(1, 1, 2, 2**15, 2**15 + 1)]

@@ -1,12 +1,9 @@
 """``deformable_aggregation`` on a GPU: real sizes, equal bits, more than 2^31 elements, memory, streams and graphs."""
 
-import importlib
 import itertools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +11,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import saccade
+from benchmarks.aggregation_oracle import exact
+from benchmarks.workloads import aggregation
 from cases.deformable_aggregation import make, oracle
-
-# The benchmarks are beside the package, not in it.
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-aggregation = importlib.import_module("workloads").aggregation
-exact = importlib.import_module("aggregation_oracle").exact
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -33,20 +27,6 @@ NAN = float("nan")
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
 
 Call = Callable[..., Tensor]
-
-
-@pytest.fixture(autouse=True)
-def memory_is_given_back() -> Iterator[None]:
-    """What a test of tens of gigabytes leaves in the allocator's cache is not there for the next one."""
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def needs_memory(gigabytes: int) -> None:
-    free, _ = torch.cuda.mem_get_info()
-    if free < gigabytes * 1e9:
-        pytest.skip(f"needs {gigabytes} GB of free GPU memory, there are {free / 1e9:.0f}")
 
 
 def bytes_of(*tensors: Tensor) -> int:
@@ -193,12 +173,13 @@ def test_equal_bits_run_after_run(form, where, strict):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    ("config", "batch", "dtype", "gigabytes"),
-    [("det", 128, torch.bfloat16, 60), ("map", 16, torch.float32, 20)],
-    ids=["det-b128", "map-b16"],
+    ("config", "batch", "dtype"),
+    [
+        pytest.param("det", 128, torch.bfloat16, id="det-b128", marks=pytest.mark.gpu_memory(60)),
+        pytest.param("map", 16, torch.float32, id="map-b16", marks=pytest.mark.gpu_memory(20)),
+    ],
 )
-def test_the_last_sample_of_a_large_batch_is_as_it_is_alone(form, config, batch, dtype, gigabytes):
-    needs_memory(gigabytes)
+def test_the_last_sample_of_a_large_batch_is_as_it_is_alone(form, config, batch, dtype):
     features, shape, start, location, weights = aggregation(batch, *CONFIGS[config], device=DEVICE, dtype=dtype)
     grad_output = torch.randn(batch, CONFIGS[config][0], 256, device=DEVICE)
     call, values = in_form(form, (features[-1:], shape, start, location[-1:], weights[-1:]))
@@ -215,10 +196,10 @@ def test_the_last_sample_of_a_large_batch_is_as_it_is_alone(form, config, batch,
 # ---- more elements than 32 bits count
 
 
+@pytest.mark.gpu_memory(30)
 @pytest.mark.parametrize("form", FORMS)
 def test_more_features_than_32_bits_count(form):
     """Points in the first and in the last rows of one tall map, of which all other rows are NaN."""
-    needs_memory(30)
     height, width, channels, edge = 2**20, 33, 64, 4
     top, bottom = slice(edge * width), slice(-edge * width, None)
     few = torch.randn(1, 2 * edge * width, channels, device=DEVICE, dtype=torch.float16)
@@ -256,9 +237,9 @@ def test_more_features_than_32_bits_count(form):
     assert_near_exact((few, shape, start, small, weights), grad_output, results)
 
 
+@pytest.mark.gpu_memory(80)
 def test_more_weights_than_32_bits_count():
     """The first and the last anchors are seen; nothing may come of the others, whose weights are NaN."""
-    needs_memory(80)
     anchors, points, groups = 2**21 + 64, 16, 64
     few = make([[(5, 7)]], batch=1, anchors=4, points=points, groups=groups, channels=groups)
     features, shape, start, few_location, few_weights = (value.detach().to(DEVICE) for value in few)

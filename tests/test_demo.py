@@ -18,13 +18,12 @@ from scipy.spatial import ConvexHull
 from typer.testing import CliRunner
 
 from saccade.cli import app
-from saccade.demo import DemoError
-from saccade.demo.batch import decode_boxes, encode_boxes
-from saccade.demo.evaluation import Counts, Detections, match
-from saccade.demo.frame import load_frame
-from saccade.demo.geometry import Sample, box_corners, mirrored, project, turned, wire_segments
-from saccade.demo.run import DemoOptions, run_demo
-from saccade.demo.scene import (
+from saccade_demo import DemoError
+from saccade_demo.data.batch import decode_boxes, encode_boxes
+from saccade_demo.data.frame import load_frame
+from saccade_demo.evaluation import Counts, Detections, match
+from saccade_demo.geometry import Sample, box_corners, mirrored, project, turned, wire_segments
+from saccade_demo.rendering.scene import (
     CAMERA_NAMES,
     GROUND_Z,
     IMAGE_WH,
@@ -43,8 +42,10 @@ from saccade.demo.scene import (
     render,
     scene,
 )
-from saccade.demo.solids import CLASS_NAMES, SIZES, random_parts
-from saccade.demo.surroundings import random_light
+from saccade_demo.rendering.solids import CLASS_NAMES, SIZES, random_parts
+from saccade_demo.rendering.surroundings import random_light
+from saccade_demo.run import DemoOptions, run_demo
+from small_demo import make_small
 
 REAL_FRAME = Path(__file__).resolve().parents[2] / "shared" / "nuscenes_frame"
 
@@ -422,7 +423,7 @@ def test_scenes_are_repeatable_and_splits_differ():
 
 
 def test_another_process_renders_the_same_bits():
-    code = "import hashlib; from saccade.demo.scene import scene; s = scene(2, 'train', 5); "
+    code = "import hashlib; from saccade_demo.rendering.scene import scene; s = scene(2, 'train', 5); "
     code += "print(hashlib.sha256(s.images.tobytes() + s.boxes.tobytes() + s.projection.tobytes()).hexdigest())"
     environment = {**os.environ, "OMP_NUM_THREADS": "3"}
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -527,7 +528,7 @@ def test_options_reach_the_run(monkeypatch, tmp_path, arguments, amp, steps):
         asked.append(options)
         return {"interrupted": False}
 
-    monkeypatch.setattr("saccade.demo.run.run_demo", run)
+    monkeypatch.setattr("saccade_demo.run.run_demo", run)
     monkeypatch.chdir(tmp_path)
     result = runner.invoke(app, ["demo", *arguments])
     assert result.exit_code == 0, result.output
@@ -570,7 +571,8 @@ def options(tmp_path: Path, **changes) -> DemoOptions:
     )
 
 
-def test_the_same_seed_gives_the_same_losses(tmp_path):
+def test_the_same_seed_gives_the_same_losses(tmp_path, monkeypatch):
+    make_small(monkeypatch.setattr)
     first, again = run_demo(options(tmp_path)), run_demo(options(tmp_path))
     other = run_demo(options(tmp_path, seed=1))
     assert first["losses"] == again["losses"]

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from saccade.demo.batch import Batch, encode_boxes, make_batch
-from saccade.demo.geometry import Sample, turned
-from saccade.demo.loss import DetectionLoss, assignment, heatmap_target
-from saccade.demo.model import Detector, Output, Rays
-from saccade.demo.scene import scene
+from saccade_demo.data.batch import Batch, encode_boxes, make_batch
+from saccade_demo.geometry import Sample, turned
+from saccade_demo.model import Detector, Output, Rays
+from saccade_demo.rendering.scene import scene
+from saccade_demo.training.loss import DetectionLoss, assignment, heatmap_target
 from small_demo import IMAGE_WH, small_config
 
 CLASSES = 4

@@ -17,13 +17,13 @@ from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
 
 from saccade.cli import app
-from saccade.demo import DemoError
-from saccade.demo.ahead import made_ahead
-from saccade.demo.evaluation import Counts, Detections, match
-from saccade.demo.geometry import BOX_SIGNS, Sample, box_corners, project, yaw_rotation
-from saccade.demo.nuscenes import KeyFrame, LoadedFrames, NuScenesScenes, read_key_frame, result_boxes
-from saccade.demo.scene import CAMERA_NAMES, IMAGE_WH, calibration, random_world, render
-from saccade.demo.solids import CLASS_NAMES
+from saccade_demo import DemoError
+from saccade_demo.data.ahead import made_ahead
+from saccade_demo.data.nuscenes import KeyFrame, LoadedFrames, NuScenesScenes, read_key_frame, result_boxes
+from saccade_demo.evaluation import Counts, Detections, match
+from saccade_demo.geometry import BOX_SIGNS, Sample, box_corners, project, yaw_rotation
+from saccade_demo.rendering.scene import CAMERA_NAMES, IMAGE_WH, calibration, random_world, render
+from saccade_demo.rendering.solids import CLASS_NAMES
 
 REAL_FRAME = Path(__file__).resolve().parents[2] / "shared" / "nuscenes_frame"
 

@@ -25,21 +25,22 @@ from typer.testing import CliRunner
 
 from saccade import RaggedBatch
 from saccade.cli import app
-from saccade.demo import DemoError, SampleError, journal, run, stream, train
-from saccade.demo.ahead import OnItsWay
-from saccade.demo.batch import Batch, make_batch
-from saccade.demo.checkpoint import FORMAT
-from saccade.demo.distribution import ALONE, Ranks
-from saccade.demo.geometry import Sample
-from saccade.demo.loss import DetectionLoss
-from saccade.demo.model import Detector, Output
-from saccade.demo.nuscenes import LoadedFrames
-from saccade.demo.recipe import Recipe
-from saccade.demo.run import DemoOptions, _checked_recipe, _what_it_is, density_and_range
-from saccade.demo.scene import scene
-from saccade.demo.source import RenderedScenes
-from saccade.demo.stream import VIEWS_APART, SeenImages, Stream, batches_of_steps, num_samples
-from saccade.demo.train import Trainer, decode
+from saccade_demo import DemoError, SampleError, run
+from saccade_demo.data.ahead import OnItsWay
+from saccade_demo.data.batch import Batch, make_batch
+from saccade_demo.data.nuscenes import LoadedFrames
+from saccade_demo.data.source import RenderedScenes
+from saccade_demo.geometry import Sample
+from saccade_demo.model import Detector, Output
+from saccade_demo.rendering.scene import scene
+from saccade_demo.run import DemoOptions, _checked_recipe, _what_it_is, density_and_range
+from saccade_demo.training import journal, stream
+from saccade_demo.training.checkpoint import FORMAT
+from saccade_demo.training.distribution import ALONE, Ranks
+from saccade_demo.training.loss import DetectionLoss
+from saccade_demo.training.recipe import Recipe
+from saccade_demo.training.stream import VIEWS_APART, SeenImages, Stream, batches_of_steps, num_samples
+from saccade_demo.training.trainer import Trainer, decode
 from small_demo import IMAGE_WH, SmallScenes, after_step, make_small, small_config
 
 SCRIPT = Path(__file__).with_name("small_demo.py")
@@ -68,6 +69,16 @@ def script(*options: Any, ranks: int = 0, **environment: Any) -> subprocess.Pope
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def finish(device: str, *options: Any) -> None:
+    """Run the command: in this process on the CPU, but on a GPU, where cuBLAS reads its setting once, in its own."""
+    if device == "cpu":
+        result = demo(*options)
+        assert result.exit_code == 0, result.output
+    else:
+        process = script("--device", device, *options)
+        assert process.wait() == 0, process.communicate()
+
+
 def saved(file: Path) -> dict[str, Any]:
     return torch.load(file, weights_only=True)["state"]
 
@@ -90,12 +101,14 @@ def assert_same_bits(one: dict[str, Any], other: dict[str, Any]) -> None:
     "device",
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(GPUS < 1, reason="there is no GPU"))],
 )
-def test_deterministic_runs_have_the_same_bits(tmp_path, device):
-    """In processes of their own, for cuBLAS reads its setting when it is first used."""
+@pytest.mark.parametrize("steps", [4, pytest.param(12, marks=pytest.mark.slow)])
+def test_deterministic_runs_have_the_same_bits(tmp_path, device, steps):
+    """In two processes."""
     files = [tmp_path / name for name in ("one.pt", "other.pt")]
-    options = ["--deterministic", "--device", device, "--steps", 12, "--batch", 2, "--out", tmp_path]
-    for process in [script(*options, "--checkpoint", file) for file in files]:
-        assert process.wait() == 0, process.communicate()
+    options = ["--deterministic", "--steps", steps, "--batch", 2, "--out", tmp_path]
+    process = script("--device", device, *options, "--checkpoint", files[0])
+    finish(device, *options, "--checkpoint", files[1])
+    assert process.wait() == 0, process.communicate()
     assert_same_bits(*map(saved, files))
 
 
@@ -230,7 +243,7 @@ def test_samples_looked_at_together_are_found_as_one_by_one(monkeypatch):
     samples = trainer.source.held_out
     alone = list(trainer.detections(samples))
     batches = []
-    monkeypatch.setattr(train, "EVALUATED_AT_ONCE", {"cpu": 2})
+    monkeypatch.setattr("saccade_demo.training.trainer.EVALUATED_AT_ONCE", {"cpu": 2})
     look = trainer.output
     monkeypatch.setattr(trainer, "output", lambda batch: batches.append(len(batch.images)) or look(batch))
     together = list(trainer.detections(iter(samples)))
@@ -428,7 +441,7 @@ def test_what_names_the_same_data_is_the_same_run():
 
 
 def test_a_checkpoint_of_another_detector_is_refused(undisturbed, monkeypatch):
-    monkeypatch.setattr("saccade.demo.run.DetectorConfig", partial(small_config, num_layers=1))
+    monkeypatch.setattr("saccade_demo.run.DetectorConfig", partial(small_config, num_layers=1))
     refused(undisturbed, "is of another detector")
 
 
@@ -460,21 +473,42 @@ def curves(file: Path) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in losses.items()}
 
 
+def demo_in_two_ranks(*options: Any) -> str:
+    """Run the command in two processes, of which the first is this one: that spares one, and torchrun.
+
+    Returns:
+        What both print.
+    """
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASTER_ADDR", "localhost")
+        patch.setenv("MASTER_PORT", str(store.port))
+        be_rank(patch, 0)
+        other = script("--device", "cpu", *options, RANK="1", LOCAL_RANK="1")
+        result = demo(*options)
+    output, errors = other.communicate()
+    assert (result.exit_code, other.returncode) == (0, 0), (result.output, errors)
+    return result.output + output
+
+
+@pytest.mark.parametrize("steps", [6, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("device", PAIRS)
-def test_two_ranks_train_like_one_process(tmp_path, device):
-    """Two ranks against one process with the same global batch: 20 steps of two scenes, each pass of one scene."""
-    options = ["--device", device, "--deterministic", "--steps", 20, "--batch", 2, "--micro-batch", 1]
+def test_two_ranks_train_like_one_process(tmp_path, device, steps):
+    """Two ranks against one process with the same global batch: steps of two scenes, each pass of one scene."""
+    options = ["--deterministic", "--steps", steps, "--batch", 2, "--micro-batch", 1, "--out", tmp_path]
     one, two = tmp_path / "one.pt", tmp_path / "two.pt"
-    alone = script(*options, "--out", tmp_path, "--checkpoint", one)
     report = tmp_path / "r.json"
-    together = script(*options, "--out", tmp_path, "--checkpoint", two, "--json", report, ranks=2)
-    output, errors = together.communicate()
-    assert together.returncode == 0, errors
-    assert alone.wait() == 0, alone.communicate()
+    if device == "cpu" and steps < 20:
+        output = demo_in_two_ranks(*options, "--checkpoint", two, "--json", report)
+    else:
+        together = script("--device", device, *options, "--checkpoint", two, "--json", report, ranks=2)
+        output, errors = together.communicate()
+        assert together.returncode == 0, errors
+    finish(device, *options, "--checkpoint", one)
     assert output.count("What the detector learnt") == 1  # the first rank alone prints
     expected = curves(one)
     for name, curve in curves(two).items():
-        assert len(curve) == 20
+        assert len(curve) == steps
         # What a pass computes has the same bits wherever it runs, and two gradients have one sum. Without that, the
         # choice of anchors and their assignment would make much of every rounding within few steps.
         torch.testing.assert_close(curve, expected[name], rtol=0, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
@@ -487,10 +521,9 @@ def test_two_ranks_train_like_one_process(tmp_path, device):
 
 def test_gradients_of_ranks_with_several_passes_are_those_of_one_process(tmp_path):
     one, two = tmp_path / "one.pt", tmp_path / "two.pt"
-    options = ["--device", "cpu", "--steps", 1, "--batch", 4, "--micro-batch", 1, "--out", tmp_path]
-    together = script(*options, "--checkpoint", two, ranks=2)
+    options = ["--steps", 1, "--batch", 4, "--micro-batch", 1, "--out", tmp_path]
+    demo_in_two_ranks(*options, "--checkpoint", two)
     assert demo(*options, "--checkpoint", one).exit_code == 0
-    assert together.wait() == 0, together.communicate()
     # After one step the first moment is a tenth of the gradient.
     moments = [
         torch.cat([moment["exp_avg"].flatten() for moment in saved(file)["trainer"]["optimizer"]["state"].values()])
@@ -628,10 +661,11 @@ def test_what_is_seen_again_is_what_would_be_made_again(monkeypatch, two_steps_a
     """With one loader, and with two."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
     source, device = SmallScenes(0, 0), torch.device("cpu")
+    expected = list(map(all_new, range(7)))  # before there are loaders, which then need not render the scenes again
     made = list(batches_of_steps(source, RECIPE, ALONE, Detector.STRIDE, device, done=0))
     assert len(made) == 7
-    for step, batches in enumerate(made):
-        assert_same_batches(batches, all_new(step))
+    for batches, all_made in zip(made, expected, strict=True):
+        assert_same_batches(batches, all_made)
 
 
 def test_a_scene_is_seen_in_steps_apart_and_every_second_time_in_a_mirror(two_steps_apart):
@@ -836,7 +870,7 @@ def test_without_tensorboard_one_line_says_what_to_install(tmp_path, monkeypatch
     result = demo("--out", tmp_path, "--tensorboard", tmp_path / "logs")
     assert result.exit_code == 2
     (line,) = result.stderr.strip().splitlines()
-    assert "pip install 'saccade[tensorboard]'" in line
+    assert "pip install 'saccade-ops[tensorboard]'" in line
 
 
 def test_a_directory_for_tensorboard_that_cannot_be_made_is_one_line(tmp_path):

@@ -103,7 +103,7 @@ def test_from_the_command_line_without_the_extras(tmp_path):
     done = run("demo")
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert "pip install 'saccade[demo]'" in done.stderr
+    assert "pip install 'saccade-ops[demo]'" in done.stderr
 
 
 def test_debug_checks_nest_and_restore():
@@ -118,10 +118,24 @@ def test_debug_checks_nest_and_restore():
     assert debug_checks_enabled() == before
 
 
-@pytest.mark.parametrize(("value", "enabled"), [("1", True), ("0", False), ("", False)])
-def test_debug_checks_by_environment_variable(value, enabled):
-    script = "from saccade.debug import debug_checks_enabled; print(debug_checks_enabled())"
-    source = str(Path(saccade.__file__).parents[1])
-    environment = os.environ | {"SACCADE_DEBUG": value, "PYTHONPATH": source}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(enabled)
+DEBUG_CHECKS_BY_ENVIRONMENT = """
+import os
+import torch  # once for all
+
+for value in ("1", "0", ""):
+    if os.fork() == 0:
+        os.environ["SACCADE_DEBUG"] = value
+        from saccade.debug import debug_checks_enabled
+
+        print(repr(value), debug_checks_enabled(), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_debug_checks_by_environment_variable():
+    """Each value in a process in which nothing of the library is imported yet."""
+    command = [sys.executable, "-c", DEBUG_CHECKS_BY_ENVIRONMENT]
+    environment = os.environ | {"PYTHONPATH": str(Path(saccade.__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["'1' True", "'0' False", "'' False"]

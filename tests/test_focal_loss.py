@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cases.focal_loss import EPS, sigmoid_oracle, softmax_oracle
-from saccade import registration
 from saccade.focal_loss import api, sigmoid_focal_loss, softmax_focal_loss
+from saccade.operator import torch_internals
 from saccade.triton_dispatch import served_by_triton
 
 X = [[2.0, -1.0, 0.5], [-3.0, 0.0, 1.0], [0.25, -0.75, 4.0]]
@@ -403,6 +403,7 @@ ASKS_FOR_GRADIENT = "expected a tensor that does not require grad"
         (ValueError, ASKS_FOR_GRADIENT, ROW, LABELS, {"avg_factor": torch.ones((), requires_grad=True)}),
         (ValueError, "avg_factor: .* device cpu.*got meta", ROW, LABELS, {"avg_factor": torch.ones(1, device="meta")}),
         (ValueError, "target: expected device cpu.*got meta", ROW, LABELS.to("meta"), {}),
+        (ValueError, "class_weight: .* device cpu.*got meta", ROW, LABELS, {"class_weight": torch.ones(3).to("meta")}),
         (ValueError, r"class_weight: .*\(C\) with C=3, got \(4,\)", ROW, LABELS, {"class_weight": torch.ones(4)}),
         (ValueError, r"class_weight: expected shape.*got \(1, 3\)", ROW, LABELS, {"class_weight": torch.ones(1, 3)}),
         (TypeError, "class_weight: expected a torch.Tensor, got list", ROW, LABELS, {"class_weight": [1.0, 1.0, 1.0]}),
@@ -426,6 +427,8 @@ def test_errors(function, error, message, logits, target, options):
         (ValueError, r"target: expected the shape of logits, \(4, 3\), got \(3, 4\)", torch.zeros(3, 4).bool(), {}),
         (ValueError, ASKS_FOR_GRADIENT, torch.zeros(4, 3, requires_grad=True), {}),
         (ValueError, "class_weight: expected None with a dense", torch.zeros(4, 3), {"class_weight": torch.ones(3)}),
+        (ValueError, "weight: expected device cpu.*got meta", LABELS, {"weight": torch.ones(4, device="meta")}),
+        (ValueError, "target: expected device cpu.*got meta", torch.zeros(4, 3, device="meta"), {}),
         (TypeError, "weight: expected a torch.Tensor, got float", LABELS, {"weight": 1.0}),
         (TypeError, "weight: .*got torch.complex64", LABELS, {"weight": torch.ones(4) * 1j}),
         (ValueError, r"weight: .*\(4,\), \(4, 1\) or \(4, 3\).*got \(3,\)", LABELS, {"weight": torch.ones(3)}),
@@ -484,8 +487,8 @@ def past_the_dispatcher(device, monkeypatch) -> None:
     if not served_by_triton(torch.empty(0, device=device)):
         pytest.skip("has no kernel there")
     if device == "cpu":
-        keys = registration._keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
-        monkeypatch.setattr(registration, "_OF_GPU_TENSORS", keys)
+        keys = torch_internals._raw_keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
+        monkeypatch.setattr(torch_internals, "ORDINARY_GPU_KEYS", keys)
 
 
 COMES_WITH_THE_LOSS = {

@@ -1,20 +1,19 @@
 """Focal losses on a GPU: real sizes, equal bits, more than 2^31 elements, memory, streams, graphs, kept kernels."""
 
-import importlib
 import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from benchmarks import workloads
 from cases.comparison import assert_near, assert_same_bits
 from cases.focal_loss import EPS, channels_to_the_end, sigmoid_exact, softmax_exact
 from cases.losses_on_gpu import (
@@ -23,29 +22,16 @@ from cases.losses_on_gpu import (
     TOLERANCES,
     bytes_of,
     deterministic_algorithms,
-    needs_memory,
     synchronizing_raises,
 )
 from saccade.focal_loss import sigmoid_focal_loss, softmax_focal_loss
 from saccade.nn import FocalLoss
-
-# The benchmarks are beside the package, not in it.
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-workloads = importlib.import_module("workloads")
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 DEVICE = "cuda"
 
 Call = Callable[..., Tensor]
-
-
-@pytest.fixture(autouse=True)
-def memory_is_given_back() -> Iterator[None]:
-    """What a test of tens of gigabytes leaves in the allocator's cache is not there for the next one."""
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 # ---- ways to call the losses, as functions of tensors alone
@@ -198,11 +184,11 @@ def exact_total(exact: Callable[..., tuple[Tensor, Tensor]], logits: Tensor, tar
     return sum(exact(x, t)[0].sum() for x, t in blocks).item()
 
 
+@pytest.mark.gpu_memory(14)
 @pytest.mark.parametrize("pattern", ["random", "constant", "offset", "two-scales"])
 @pytest.mark.parametrize(("form", "classes"), [("labels", 80), ("soft", 80), ("labels", 1), ("softmax", 2)])
 def test_the_mean_of_300_million_elements(form, classes, pattern):
     """Summed one by one in float32 the sum would stand still at 2^24 of its terms, far below any tolerance."""
-    needs_memory(14)
     rows = 300_000_000 // classes
     rng = torch.Generator(DEVICE).manual_seed(0)
     logits = torch.randn(rows, classes, device=DEVICE, generator=rng)
@@ -310,11 +296,11 @@ def is_zero(values: Tensor) -> bool:
     return not any(part.any() for part in values.flatten().split(2**29))
 
 
+@pytest.mark.gpu_memory(40)
 @pytest.mark.parametrize("form", ["labels", "soft", "softmax"])
 @pytest.mark.parametrize("classes", [80, 1])
 def test_more_rows_than_32_bits_count(classes, form):
     """The first and the last rows are random; all others are right beyond doubt, so that nothing comes of them."""
-    needs_memory(40)
     rows, edge = BEYOND_32_BITS // classes + 1000, 64
     few = made("logits", 2 * edge, classes, torch.float16).detach()
     call, exact, fill = sigmoid_focal_loss, sigmoid_exact, -6e4
@@ -340,10 +326,10 @@ def test_more_rows_than_32_bits_count(classes, form):
     assert_near("gradient", ends(gradient, edge), slopes, TOLERANCES[torch.float16])
 
 
+@pytest.mark.gpu_memory(30)
 @pytest.mark.parametrize("form", ["labels", "soft", "softmax"])
 def test_more_elements_of_a_head_than_32_bits_count(form):
     """(B, C, H, W) seen as (B, H, W, C): the classes of a pixel lie far apart."""
-    needs_memory(30)
     classes, height, width, edge = 80, 8192, BEYOND_32_BITS // (80 * 8192) + 1, 64
     few = made("head", 2 * edge, classes, torch.float16).detach()  # (classes, pixels)
     head = torch.full((1, classes, height * width), -6e4, dtype=torch.float16, device=DEVICE)
@@ -376,6 +362,7 @@ def test_more_elements_of_a_head_than_32_bits_count(form):
     assert_near("each", ends(each, edge), losses, TOLERANCES[torch.float16])
 
 
+@pytest.mark.gpu_memory(20)
 @pytest.mark.parametrize(
     ("form", "shape"),
     [("sigmoid", (5, 2**29)), ("softmax", (5, 2**29)), ("sigmoid", (1, 2**31 + 64))],
@@ -383,7 +370,6 @@ def test_more_elements_of_a_head_than_32_bits_count(form):
 )
 def test_as_many_classes_as_no_one_has(form, shape):
     """The first and the last classes are random; nothing comes of the others, or of a label among them."""
-    needs_memory(20)
     edge, (rows, classes) = 40, shape
     few = made("logits", rows, 2 * edge, torch.float16).detach()
     few_labels = torch.tensor([2 * edge - 1, 3, edge, -1, 2 * edge], device=DEVICE)[:rows]
@@ -399,10 +385,10 @@ def test_as_many_classes_as_no_one_has(form, shape):
     assert_near("gradient", actual, slopes, TOLERANCES[torch.float16])
 
 
+@pytest.mark.gpu_memory(45)
 @pytest.mark.parametrize("form", ["labels", "bool", "softmax"])
 def test_strides_that_32_bits_do_not_hold(form):
     """A few rows, further apart than 32 bits count, in a tensor that is NaN elsewhere."""
-    needs_memory(45)
     rows, classes, apart = 4, 9, 2**30
 
     def spread(values: Tensor, fill: float) -> Tensor:
@@ -450,10 +436,10 @@ def test_more_elements_than_32_bits_count_in_no_memory(form, classes):
 # ---- memory
 
 
+@pytest.mark.gpu_memory(4)
 @pytest.mark.parametrize("form", ["labels", "soft", "row-weight", "softmax", "each", "head"])
 def test_peak_memory(form):
     """Logits, targets, the gradient and what is returned; above these not 1% of the logits."""
-    needs_memory(4)
     rows, classes = workloads.FOCAL["dense-large"]
     logits, target = workloads.focal(rows, classes)
     call: Call = sigmoid_focal_loss

@@ -295,6 +295,7 @@ ASKS_FOR_GRADIENT = "expected a tensor that does not require grad"
         (ValueError, ASKS_FOR_GRADIENT, MAP, MAP, {"avg_factor": torch.ones((), requires_grad=True)}),
         (ValueError, "target: expected device cpu.*got meta", MAP, MAP.to("meta"), {}),
         (ValueError, "weight: expected device cpu.*got meta", MAP, MAP, {"weight": torch.ones(3, device="meta")}),
+        (ValueError, "avg_factor: .* device cpu.*got meta", MAP, MAP, {"avg_factor": torch.ones(1, device="meta")}),
         (TypeError, "weight: expected a torch.Tensor, got float", MAP, MAP, {"weight": 1.0}),
         (ValueError, r"weight: .*broadcasts.*\(4, 3\), got \(4,\)", MAP, MAP, {"weight": torch.ones(4)}),
         (ValueError, r"weight: .*broadcasts.*got \(1, 4, 3\)", MAP, MAP, {"weight": torch.ones(1, 4, 3)}),

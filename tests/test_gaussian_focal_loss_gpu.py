@@ -1,18 +1,16 @@
 """Gaussian focal losses on a GPU: real sizes, equal bits, more than 2^31 elements, memory, streams, graphs."""
 
-import importlib
 import itertools
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from benchmarks import workloads
 from cases.comparison import assert_near, assert_same_bits
 from cases.gaussian_focal_loss import EPS, exact
 from cases.losses_on_gpu import (
@@ -21,29 +19,16 @@ from cases.losses_on_gpu import (
     TOLERANCES,
     bytes_of,
     deterministic_algorithms,
-    needs_memory,
     synchronizing_raises,
 )
 from saccade.gaussian_focal_loss import gaussian_focal_loss, gaussian_focal_loss_with_logits
 from saccade.nn import GaussianFocalLoss
-
-# The benchmarks are beside the package, not in it.
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-workloads = importlib.import_module("workloads")
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 DEVICE = "cuda"
 
 Call = Callable[..., Tensor]
-
-
-@pytest.fixture(autouse=True)
-def memory_is_given_back() -> Iterator[None]:
-    """What a test of tens of gigabytes leaves in the allocator's cache is not there for the next one."""
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 # ---- ways to call the losses, as functions of tensors alone
@@ -130,11 +115,11 @@ def assert_right(what: str, results: Sequence[Tensor], expected: Sequence[Tensor
 # ---- accuracy
 
 
+@pytest.mark.gpu_memory(12)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1, 20])
 @pytest.mark.parametrize("name", workloads.GAUSSIAN_FOCAL)
 def test_accuracy_at_real_size(name, scale, dtype):
-    needs_memory(12)
     logits, target = workloads.gaussian_focal(workloads.GAUSSIAN_FOCAL[name], dtype=dtype)
     logits *= scale
     blocks = [exact(x, t, with_logits=True) for x, t in zip(logits, target, strict=True)]
@@ -157,10 +142,10 @@ def test_weights_and_numbers_of_all_kinds(kind):
         assert_right(f"{shape}", step(call, values), expected_step(call, values))
 
 
+@pytest.mark.gpu_memory(10)
 @pytest.mark.parametrize("pattern", ["random", "constant", "offset", "two-scales", "positives"])
 def test_the_mean_of_300_million_elements(pattern):
     """Summed, or counted, one by one in float32 they would come to 2^24 at most."""
-    needs_memory(10)
     rows, width = 1200, 250_000
     rng = torch.Generator(DEVICE).manual_seed(0)
     logits = torch.randn(rows, width, device=DEVICE, generator=rng)
@@ -272,11 +257,11 @@ def is_zero(values: Tensor) -> bool:
     return not any(part.any() for part in values.flatten().split(2**29))
 
 
+@pytest.mark.gpu_memory(40)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "broadcast-weight"])
 @pytest.mark.parametrize("with_logits", [False, True])
 def test_more_elements_than_32_bits_count(with_logits, layout):
     """The first and the last rows are random; all others are right beyond doubt, so that nothing comes of them."""
-    needs_memory(40)
     width, edge = 96, 64
     rows = BEYOND_32_BITS // width + 1000
     call = gaussian_focal_loss_with_logits if with_logits else gaussian_focal_loss
@@ -312,9 +297,9 @@ def test_more_elements_than_32_bits_count(with_logits, layout):
     assert (ends(gradient, edge) - slopes / positives).norm().item() <= 6e-4 * scale + 2**-25 * slopes.numel() ** 0.5
 
 
+@pytest.mark.gpu_memory(35)
 def test_strides_that_32_bits_do_not_hold():
     """A few rows, further apart than 32 bits count, in tensors that are NaN elsewhere, or full of positives."""
-    needs_memory(35)
     rows, width, apart = 4, 9, 2**30
 
     def spread(values: Tensor, fill: float) -> Tensor:
@@ -354,10 +339,10 @@ def test_more_positives_than_32_bits_count_in_no_memory():
 # ---- memory
 
 
+@pytest.mark.gpu_memory(3)
 @pytest.mark.parametrize("form", ["positives", "weight", "each", "channels-last", "probabilities"])
 def test_peak_memory(form):
     """Logits, targets, the gradient and what is returned; above these not 1% of the logits."""
-    needs_memory(3)
     shape = workloads.GAUSSIAN_FOCAL["centernet"]
     logits, target = workloads.gaussian_focal(shape)
     call: Call = partial(gaussian_focal_loss_with_logits, avg_factor="num_pos")

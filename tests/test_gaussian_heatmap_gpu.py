@@ -1,24 +1,18 @@
 """Drawing heatmaps on a GPU: real sizes, equal bits, more than 2^31 cells, memory, streams, graphs, compiled code."""
 
-import importlib
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import saccade
+from benchmarks import workloads
 from cases.gaussian_heatmap import mmdet3d_radius, mmdet_radius
-from cases.losses_on_gpu import BEYOND_32_BITS, needs_memory, synchronizing_raises
+from cases.losses_on_gpu import BEYOND_32_BITS, synchronizing_raises
 from saccade.gaussian_heatmap import reference
-
-# The benchmarks are beside the package, not in it.
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-workloads = importlib.import_module("workloads")
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -28,14 +22,6 @@ GIANT = 2**63 - 1
 # Of a cell, relative to itself: the exponent, of up to 13, is rounded a few times, and a GPU's power of 2 is wrong by
 # two ulps.
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-12}
-
-
-@pytest.fixture(autouse=True)
-def memory_is_given_back() -> Iterator[None]:
-    """What a test of tens of gigabytes leaves in the allocator's cache is not there for the next one."""
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 # ---- ways to draw, each as a function of tensors alone that returns maps
@@ -267,9 +253,9 @@ def test_each_call_sees_what_was_written_before_it():
 # ---- limits
 
 
+@pytest.mark.gpu_memory(12)
 def test_more_cells_than_32_bits_count():
     """The last map begins beyond 2^31 cells."""
-    needs_memory(12)
     side = 8192
     maps = BEYOND_32_BITS // side**2 + 2
     heatmaps = torch.zeros(maps, side, side, device=DEVICE)
@@ -284,9 +270,9 @@ def test_more_cells_than_32_bits_count():
     assert sum(part.count_nonzero() for part in heatmaps.flatten().split(2**28)) == few.count_nonzero()
 
 
+@pytest.mark.gpu_memory(14)
 @pytest.mark.parametrize("shape", [(1, 50_000, 50_000), (1, 2**31 + 64, 1), (1, 1, 2**31 + 64)], ids=str)
 def test_a_map_of_more_cells_than_32_bits_count(shape):
-    needs_memory(14)
     heatmaps = torch.zeros(shape, device=DEVICE)
     _, height, width = shape
     centers = torch.tensor([[width - 1, height - 1], [0, 0]], device=DEVICE)
@@ -300,8 +286,8 @@ def test_a_map_of_more_cells_than_32_bits_count(shape):
     assert sum(part.count_nonzero() for part in heatmaps.flatten().split(2**28)) == few.count_nonzero()
 
 
+@pytest.mark.gpu_memory(30)
 def test_strides_that_32_bits_do_not_hold():
-    needs_memory(30)
     apart = 2**30 + 3
     memory = torch.full((3 * apart + 64,), -7, dtype=torch.int32, device=DEVICE)
     centers = memory.as_strided((1, 4, 2), (5, apart, 1))

@@ -1,5 +1,11 @@
 """Kept launches tell apart whatever Triton compiles for; everything else about them shows on a GPU."""
 
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,11 +16,14 @@ from hypothesis import strategies as st
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.driver import CudaLauncher  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
-from triton.runtime.jit import create_function_from_signature  # noqa: E402
+from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
 from kernel_launches import recorded_launches  # noqa: E402
+from saccade.focal_loss import sigmoid_focal_loss, softmax_focal_loss  # noqa: E402
 from saccade.kernel_launch import LaunchedKernel, _take_apart, overlapping  # noqa: E402
+from saccade.operator import torch_internals  # noqa: E402
 from saccade.triton_dispatch import served_by_triton  # noqa: E402
 
 MEMORY = torch.zeros(64)
@@ -86,12 +95,97 @@ def test_a_prepared_launch_is_that_of_the_kernel():
         kernel.prepare((3,), 7, CONSTANT=2)([MEMORY], 1)  # an int where the kernel takes a float
     for launch in launches:
         assert launch.grid == (3,)
-        assert launch.options == {"CONSTANT": 2}
+        assert launch.options == {"CONSTANT": 2, "enable_fp_fusion": True}
         assert launch.arguments[0] is MEMORY
         assert launch.arguments[2] == 7
     assert [launch.arguments[1] for launch in launches] == [0.5, 0.5, 1.0]
     assert isinstance(launches[2].arguments[1], float)
 
 
+class RecordingLauncher(CudaLauncher):
+    """A launcher of Triton's that records launches. Its kernel asks for no memory, and for nothing else either."""
+
+    def __init__(self, launches: list[tuple]):
+        self.launch = lambda *parts: launches.append(parts)
+
+    def __getattr__(self, name: str) -> int:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return 0
+
+
+def test_a_kernel_compiled_for_aligned_memory_is_not_launched_with_other_memory(monkeypatch):
+    """It reads 16 bytes at a time, which a GPU refuses to do at any other address, or does at the wrong one."""
+    if served_by_triton(MEMORY):
+        pytest.skip("under TRITON_INTERPRET nothing is compiled")
+    compiled: list[int] = []
+    launched: list[tuple] = []
+
+    def compile_and_launch(kernel: JITFunction, tensor: torch.Tensor, *_: Any, **options: Any) -> SimpleNamespace:
+        compiled.append(tensor.data_ptr())
+        return SimpleNamespace(run=RecordingLauncher(launched), function=1, packed_metadata=())
+
+    monkeypatch.setattr(JITFunction, "run", compile_and_launch)
+    monkeypatch.setattr(torch_internals, "current_stream", lambda device: 0)
+    launch = LaunchedKernel(_of_any_number).prepare((3,), 7, CONSTANT=2)
+    aligned, also_aligned, not_aligned, neither = MEMORY, MEMORY[4:], MEMORY[1:], MEMORY[6:]
+    for tensor in (aligned, also_aligned, not_aligned, aligned, neither):
+        launch([tensor], 0.5)
+    assert compiled == [aligned.data_ptr(), not_aligned.data_ptr()]
+    assert len(launched) == 3
+    for parts, tensor in zip(launched, (also_aligned, aligned, neither), strict=True):
+        assert tensor.data_ptr() in {value for part in parts for value in (part if isinstance(part, tuple) else [part])}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("function", [sigmoid_focal_loss, softmax_focal_loss])
+def test_memory_that_is_not_aligned_after_memory_that_is(function):
+    labels = torch.arange(64, device="cuda") % 16
+    numbers = torch.randn(64 * 16 + 4, device="cuda")
+    for offset in (0, 4, 1, 0, 2, 3, 1):
+        logits = numbers[offset : offset + 64 * 16].view(64, 16).requires_grad_()
+        in_float64 = logits.detach().double().requires_grad_()
+        (loss, gradient), (expected, expected_gradient) = (
+            (loss.detach().double(), torch.autograd.grad(loss, leaf)[0].double())
+            for leaf in (logits, in_float64)
+            for loss in [function(leaf, labels)]
+        )
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-9)
+
+
 def test_launches_do_not_overlap_where_kernels_cannot():
     assert overlapping(torch.device("cpu")) == {"OVERLAP": False}
+
+
+def what_reaches_the_driver(tmp_path: Path, *options: str) -> dict[str, Any]:
+    """Launches that are kept, compared with Triton's own where they reach the driver: one that takes note of them."""
+    if torch.cuda.is_available() or served_by_triton(MEMORY):
+        pytest.skip("a GPU, or Triton's interpreter, has a driver of its own")
+    folder = Path(__file__).parent / "driver"
+    includes = Path(triton.__file__).parent / "backends/nvidia/include"
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    assert compiler, "needs a C compiler, as Triton itself does"
+    library = tmp_path / "libcuda.so.1"
+    command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-I", includes, folder / "libcuda.c"]
+    subprocess.run([*command, "-o", library], check=True)
+    library.with_name("libcuda.so").symlink_to(library)
+    script = [sys.executable, folder / "launches.py", tmp_path, *options]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_kept_launches_give_the_driver_what_triton_does(tmp_path):
+    found = what_reaches_the_driver(tmp_path)
+    assert found["differ"] == []
+    assert found["compared"] >= 25, "every kernel"
+    assert found["prepared"] >= 16
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_all_kept_launches_give_the_driver_what_triton_does(tmp_path):
+    found = what_reaches_the_driver(tmp_path, "--all")
+    assert found["differ"] == []
+    assert found["compared"] > 200

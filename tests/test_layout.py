@@ -1,6 +1,7 @@
 """The rules of the house: what may import what, and that importing is free of side effects."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,15 @@ from pathlib import Path
 import pytest
 
 import saccade
+import saccade_demo
 
+ROOT = Path(__file__).parents[1]
 PACKAGE = Path(saccade.__file__).parent
-OPERATORS = sorted(path.parent.name for path in PACKAGE.glob("*/api.py"))
+DEMO = Path(saccade_demo.__file__).parent
+FOLDERS = sorted(path.parent for path in PACKAGE.rglob("api.py"))
+OPERATORS = {".".join(folder.relative_to(PACKAGE).parts): folder for folder in FOLDERS}
 MODULES = sorted(PACKAGE.rglob("*.py"))
+DEMO_MODULES = sorted(DEMO.rglob("*.py"))
 KERNELS = [path for path in MODULES if path.stem == "kernels" or path.stem.endswith("_kernels")]
 
 
@@ -31,16 +37,20 @@ def depends_on(path: Path, package: str) -> bool:
     return any(name == package or name.startswith(package + ".") for name in imports(path))
 
 
+def test_every_operator_is_known():
+    assert {*OPERATORS} == {"deformable_aggregation", "focal_loss", "gaussian_focal_loss", "gaussian_heatmap"}
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_an_operator_is_one_folder_with_the_same_files(operator):
-    names = {path.name for path in (PACKAGE / operator).glob("*.py")}
+    names = {path.name for path in OPERATORS[operator].glob("*.py")}
     assert names >= {"__init__.py", "api.py", "reference.py"}
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_operators_never_import_operators(operator):
-    others = [*(name for name in OPERATORS if name != operator), "ragged", "nn", "compat", "demo", "cli", "doctor"]
-    for path in (PACKAGE / operator).glob("*.py"):
+    others = [*(name for name in OPERATORS if name != operator), "ragged", "nn", "compat", "cli", "doctor"]
+    for path in OPERATORS[operator].glob("*.py"):
         for other in others:
             assert not depends_on(path, f"saccade.{other}"), f"{path.name} of {operator} imports {other}"
 
@@ -69,6 +79,30 @@ def test_triton_is_imported_by_kernels_and_their_launch_alone():
         assert path in KERNELS or not depends_on(path, "saccade.kernel_launch"), path
 
 
+def private_names(path: Path) -> set[str]:
+    """Names of PyTorch and Triton with an underscore in front, or of modules of Triton's own, that a module uses."""
+    found = {name for name in imports(path) if name.split(".")[0] in ("torch", "triton")}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and re.fullmatch(r"[\w.]+", ast.unparse(node)):
+            found.add(ast.unparse(node))
+    of_triton = ("triton.runtime", "triton.compiler", "triton.backends", "triton.knobs")
+    return {
+        name
+        for name in found
+        if re.match(r"(torch|triton|forward_ad|profiler)\..*\b_[a-z]", name, re.IGNORECASE)
+        or re.search(r"\._version$", name)
+        or name.startswith(of_triton)
+    }
+
+
+def test_private_names_of_torch_and_triton_stand_in_one_file():
+    """Which says what happens without each, and `tests/test_torch_internals.py` deletes them one by one."""
+    one_file = PACKAGE / "operator" / "torch_internals.py"
+    assert private_names(one_file)
+    for path in [*MODULES, *DEMO_MODULES, *(ROOT / "benchmarks").glob("*.py")]:
+        assert path == one_file or not private_names(path), f"{path}: {private_names(path)}"
+
+
 def test_what_kernels_share_is_used_by_kernels_alone():
     for shared in (path for path in KERNELS if path.parent == PACKAGE):
         assert not [path for path in MODULES if path not in KERNELS and depends_on(path, module_of(shared))], shared
@@ -77,13 +111,53 @@ def test_what_kernels_share_is_used_by_kernels_alone():
 def test_the_library_proper_needs_torch_alone():
     extras = {"rich", "typer", "matplotlib", "PIL", "scipy", "numpy"}
     for path in MODULES:
-        if path.name == "cli.py" or path.parent.name == "demo":
-            continue
-        assert not {name.split(".")[0] for name in imports(path)} & extras, path
+        if path != PACKAGE / "cli.py":
+            assert not {name.split(".")[0] for name in imports(path)} & extras, path
+
+
+def test_the_library_knows_neither_demo_nor_benchmarks():
+    """But for its command line, which starts both."""
+    for path in MODULES:
+        for package in ("saccade_demo", "benchmarks"):
+            assert path == PACKAGE / "cli.py" or not depends_on(path, package), f"{path} imports {package}"
+
+
+def test_the_demo_uses_public_names_alone():
+    """As anybody's own project would; besides it tells which backend served an operator."""
+    public = {"saccade", "saccade.doctor", "saccade.doctor.backend"}
+    for module in (saccade, saccade.nn, saccade.ragged):
+        public |= {f"{module.__name__}.{name}" for name in module.__all__}
+    assert DEMO_MODULES
+    for path in DEMO_MODULES:
+        assert {name for name in imports(path) if name.split(".")[0] == "saccade"} <= public, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in (
+                "saccade",
+                "saccade.nn",
+                "saccade.ragged",
+            ):
+                assert ast.unparse(node) in public, f"{path}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize(
+    ("folder", "never"),
+    [
+        ("rendering", ("data", "training", "pictures", "model", "run")),
+        ("data", ("training", "pictures", "model", "run")),
+        ("training", ("pictures", "run")),
+        ("pictures", ("training", "run")),
+    ],
+)
+def test_the_folders_of_the_demo_depend_on_each_other_in_one_direction(folder, never):
+    assert (DEMO / folder / "__init__.py").is_file()
+    for path in (DEMO / folder).rglob("*.py"):
+        for other in never:
+            assert not depends_on(path, f"saccade_demo.{other}"), f"{path} imports {other}"
 
 
 def test_no_drawer_of_odds_and_ends():
-    assert not [path for path in MODULES if path.stem in ("utils", "common", "misc", "helpers")]
+    modules = [*MODULES, *DEMO_MODULES]
+    assert not [path for path in modules if path.stem in ("utils", "common", "misc", "helpers")]
 
 
 def test_importing_compiles_nothing_and_touches_no_gpu():
@@ -93,7 +167,7 @@ import saccade
 assert not torch.cuda.is_initialized()
 assert "triton" not in sys.modules, "triton was imported"
 assert "torch._inductor" not in sys.modules, "the compiler was imported"
-assert not {"rich", "typer", "matplotlib", "scipy"} & set(sys.modules)
+assert not {"rich", "typer", "matplotlib", "scipy", "saccade_demo", "benchmarks"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", script], check=True)
 
@@ -102,3 +176,16 @@ def test_every_public_name_has_a_docstring_and_exists():
     for name in saccade.__all__:
         value = getattr(saccade, name)
         assert name == "__version__" or value.__doc__, name
+
+
+def test_nothing_advises_to_install_the_other_project_of_this_name():
+    """On PyPI, `saccade` is another project; this one is `saccade-ops` there."""
+    advice = re.compile(r"saccade\[|pip install ([^`\n]* )?['\"]?saccade(?!-ops)")
+    assert advice.search("pip install 'saccade[demo]'")
+    assert advice.search("pip install --upgrade saccade")
+    assert not advice.search("`pip install '.[demo]'` and `saccade demo`")
+    folders = [path for name in ("src", "docs", "benchmarks") for path in (ROOT / name).rglob("*")]
+    texts = [path for path in (*folders, *ROOT.glob("*")) if path.suffix in (".py", ".md", ".toml", ".txt")]
+    assert {ROOT / "README.md", ROOT / "pyproject.toml", ROOT / "docs" / "demo.md", PACKAGE / "__main__.py"} <= {*texts}
+    for path in [*texts, ROOT / "Makefile"]:
+        assert not advice.search(path.read_text(encoding="utf-8")), path

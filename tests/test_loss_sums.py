@@ -58,6 +58,47 @@ class OnGpu:
         self.new_empty, self.new_zeros = torch.empty(0).new_empty, torch.empty(0).new_zeros
 
 
+def test_a_counter_is_as_it_was_after_each_launch(device, monkeypatch):
+    """Or the next launch that it is kept for finds no program to be the last one, and writes no loss."""
+    if not served_by_triton(torch.empty(0, device=device)):
+        pytest.skip("has no kernel there")
+    from saccade import loss_reduction_kernels
+    from saccade.focal_loss import kernels
+
+    if device == "cpu":  # interpreted: that memory is kept at all takes a GPU and its stream
+        workspace = loss_reduction_kernels.workspace
+        monkeypatch.setattr(kernels, "workspace", lambda programs, _, dtype: workspace(programs, OnGpu(), dtype))
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
+    monkeypatch.setattr(loss_reduction_kernels, "_workspaces", {})
+    labels = torch.zeros(400, dtype=torch.int64, device=device)
+    numbers = None, None, 0.25, 2.0, False, "sum", None, 1.0, 0.0
+    losses, expected = [], []
+    for number in range(4):
+        logits = torch.full((400, 7), number / 4, device=device)
+        call = kernels.prepare_sigmoid_focal_loss(logits, labels, *numbers, with_gradient=True)
+        losses.append(call(logits, labels, *numbers)[0])
+        expected.append(sigmoid_focal_loss(logits.double(), labels, reduction="sum"))
+        ((_, counter),) = loss_reduction_kernels._workspaces.values()
+        assert counter.tolist() == [0]
+    assert_near("sums", torch.stack(losses), torch.stack(expected), 1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_steps_one_after_the_other():
+    """All on one stream, of other shapes in between: each loss is that of its own logits."""
+    losses, expected = [], []
+    for number in range(12):
+        logits = torch.full((400 + 300 * (number % 3), 7), number / 4, device="cuda", requires_grad=True)
+        labels = torch.zeros(len(logits), dtype=torch.int64, device="cuda")
+        loss = sigmoid_focal_loss(logits, labels, reduction="sum")
+        loss.backward()
+        losses.append(loss.detach())
+        expected.append(sigmoid_focal_loss(logits.detach().double(), labels, reduction="sum"))
+    assert_near("sums", torch.stack(losses), torch.stack(expected), 1e-6)
+
+
 def test_who_shares_a_counter(monkeypatch):
     """Launches on one stream of the current GPU, and no others: of a graph, or on each thread's own stream."""
     pytest.importorskip("triton")
@@ -65,9 +106,9 @@ def test_who_shares_a_counter(monkeypatch):
 
     stream, capturing = 7, False
     monkeypatch.setattr(loss_reduction_kernels, "_workspaces", {})
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: stream, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: capturing, raising=False)
+    monkeypatch.setattr(loss_reduction_kernels, "current_gpu", lambda: 0)
+    monkeypatch.setattr(loss_reduction_kernels, "current_stream", lambda device: stream)
+    monkeypatch.setattr(loss_reduction_kernels, "is_capturing", lambda: capturing)
 
     def counter(programs: int = 3, device: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         workspace = loss_reduction_kernels.workspace(programs, OnGpu(device), dtype)

@@ -161,12 +161,15 @@ def test_mixed_precision_of_wrapped_modules():
         assert (cast.dtype, cast.non_uniform_dim, cast.sample_sizes.tolist()) == (torch.float16, 2, [1, 3])
 
 
-def train_one_step(rank: int, path: str, results: Any) -> None:
-    """What one of two processes does: several ways in which DistributedDataParallel handles inputs and outputs."""
+def train_one_step(rank: int, path: str) -> list[list[list[float]]]:
+    """The gradients of two processes, of which this is one, in several ways of handling inputs and outputs."""
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    gradients: list[list[float]] = []
     try:
-        for number, options in enumerate(
-            ({"find_unused_parameters": True}, {"static_graph": True}, {"find_unused_parameters": True, "hook": True})
+        for options in (
+            {"find_unused_parameters": True},
+            {"static_graph": True},
+            {"find_unused_parameters": True, "hook": True},
         ):
             options = dict(options)
             hook = options.pop("hook", False)
@@ -182,18 +185,27 @@ def train_one_step(rank: int, path: str, results: Any) -> None:
                 assert isinstance(output, RaggedBatch)
                 sum_over_targets(output).sum().backward()
             assert module.weight.grad is not None
-            results[rank, number] = module.weight.grad.tolist()
+            gradients.append(module.weight.grad.tolist())
+        of_both: list[Any] = [None, None]
+        dist.all_gather_object(of_both, gradients)
+        return of_both
     finally:
         dist.destroy_process_group()
 
 
+def _train_other_rank(_: int, path: str) -> None:
+    train_one_step(1, path)
+
+
 def test_distributed_data_parallel(tmp_path):
     """Parameters are found to be used through an output that is a ragged batch, and gradients are averaged."""
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.Manager().dict()
-    torch.multiprocessing.spawn(train_one_step, (str(tmp_path / "store"), results), nprocs=2)
+    store = str(tmp_path / "store")
+    other = torch.multiprocessing.spawn(_train_other_rank, (store,), join=False)
+    gradients = train_one_step(0, store)
+    while not other.join():
+        pass
     mean = ((1 + 2 * 2) + (3 * 3 + 1 + 2 * 2)) / 2
-    assert dict(results) == {(rank, number): [mean] * 4 for rank in range(2) for number in range(3)}
+    assert gradients == [[[mean] * 4] * 3] * 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -22,11 +22,12 @@ from saccade.gaussian_focal_loss import api as gaussian_api
 from saccade.gaussian_focal_loss import gaussian_focal_loss_with_logits
 from saccade.gaussian_heatmap import api as heatmap_api
 from saccade.gaussian_heatmap import draw_heatmap, draw_heatmap_batched, heatmap_targets
+from saccade.operator import torch_internals
 from saccade.ragged import RaggedBatch, batched_indexing_access, operators
 
 pytestmark = pytest.mark.interpreted  # where kernels are launched, few logits take a way of their own
 
-OF_CPU_TENSORS = registration._keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
+OF_CPU_TENSORS = torch_internals._raw_keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
 OF_CALLS = (
     *(api._call_sigmoid, api._call_sigmoid_backward, gaussian_api._call, gaussian_api._call_backward),
     *(heatmap_api._call_draw, heatmap_api._call_draw_batched, heatmap_api._call_targets),
@@ -36,7 +37,7 @@ OF_CALLS = (
 @pytest.fixture
 def as_gpu(monkeypatch) -> None:
     """A machine whose CPU counts as a GPU, on which no call was made."""
-    monkeypatch.setattr(registration, "_OF_GPU_TENSORS", OF_CPU_TENSORS)
+    monkeypatch.setattr(torch_internals, "ORDINARY_GPU_KEYS", OF_CPU_TENSORS)
     for call in OF_CALLS:
         monkeypatch.setattr(call, "_known", [])
         monkeypatch.setattr(call, "_wasted", 0)
@@ -239,7 +240,7 @@ def test_subclasses_are_asked(position, dispatched):
 
 def test_below_autograd_nothing_is_recorded(dispatched):
     logits, labels = inputs()
-    with registration.below_autograd():
+    with torch_internals.below_autograd():
         assert not sigmoid_focal_loss(logits.requires_grad_(), labels).requires_grad
     assert dispatched
 
@@ -274,11 +275,11 @@ def test_compiled_and_faked(dispatched):
 
 def test_calls_can_be_told_apart():
     """Or none is ever known, and nothing but the time tells."""
-    assert registration._guards() is not None
+    assert registration.tensor_guards() is not None
 
 
 def test_nothing_is_known_if_calls_cannot_be_told_apart(as_gpu, monkeypatch):
-    monkeypatch.setattr(registration, "_guards", lambda: None)
+    monkeypatch.setattr(registration, "tensor_guards", lambda: None)
     assert_right(step(*inputs()))
     assert api._call_sigmoid._known == []
 

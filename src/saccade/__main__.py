@@ -12,7 +12,7 @@ def main() -> None:
     try:
         from saccade.cli import app
     except ModuleNotFoundError as error:
-        print(f"saccade: {error.name} is not installed; `pip install 'saccade[demo]'` brings it", file=sys.stderr)
+        print(f"saccade: {error.name} is not installed; `pip install 'saccade-ops[demo]'` brings it", file=sys.stderr)
         sys.exit(2)
     app(prog_name="saccade")
 

@@ -7,13 +7,14 @@ for the help page.
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from saccade.demo import DemoError, SampleError
+from saccade_demo import DemoError, SampleError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Fused PyTorch operators for training camera perception models."
@@ -127,8 +128,8 @@ def demo(
     """
     import torch
 
-    from saccade.demo.distribution import Ranks
-    from saccade.demo.run import DemoOptions, run_demo
+    from saccade_demo.run import DemoOptions, run_demo
+    from saccade_demo.training.distribution import Ranks
 
     ranks = Ranks()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -210,26 +211,18 @@ def bench(
     import torch
     from rich.console import Console
 
-    directory = Path(__file__).parents[2] / "benchmarks"
     fault = None
-    if not (directory / "run.py").is_file():
+    if not benchmarks_are_found():
         fault = "runs from a checkout of the repository, where the benchmarks are"
     elif not torch.cuda.is_available():
         fault = f"torch {torch.__version__} finds no GPU to time; `saccade doctor` tells more"
-    if fault is None:
-        sys.path.insert(0, str(directory))
-        # Not of the package:
-        from records import are_records, merged  # pyright: ignore[reportMissingImports]
-        from run import (  # pyright: ignore[reportMissingImports]
-            FailedTrainingError,
-            UnknownWorkloadError,
-            WrongResultError,
-            run,
-        )
     if fault is not None:
         print(f"saccade bench: {fault}", file=sys.stderr)
         raise typer.Exit(2)
-    earlier = []
+    from benchmarks.records import are_records, merged
+    from benchmarks.run import FailedTrainingError, UnknownWorkloadError, WrongResultError, run
+
+    earlier: Any = []
     try:
         require_writable_file(json_file)
         if json_file is not None and json_file.exists():
@@ -258,6 +251,13 @@ def doctor() -> None:
     from saccade.doctor import main
 
     raise typer.Exit(main([]))
+
+
+def benchmarks_are_found() -> bool:
+    """Whether `benchmarks` is the package beside this checkout's `src`, and not another project's."""
+    found = find_spec("benchmarks")
+    beside = Path(__file__).parents[2] / "benchmarks" / "__init__.py"
+    return found is not None and found.origin is not None and Path(found.origin).resolve() == beside.resolve()
 
 
 def require_writable(out: Path, json_file: Path | None) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import saccade
+from saccade.operator.torch_internals import fast_paths_off
 from saccade.triton_dispatch import triton_is_installed
 
 # Relative error (norm) that a float32 result may have against the float64 reference. A wrong kernel is off by far more.
@@ -206,6 +207,11 @@ def main(argv: list[str]) -> int:
             fault = check(operator, device)
             failed += fault is not None
             print(f"{operator:<26}{device:<10}{backend(operator, device.split(':')[0]):<10}{fault or 'ok'}")
+    # After the checks, as a launcher is looked at when a kernel is launched.
+    off = [*fast_paths_off()]
+    print("\nfast paths: all on" if not off else "")
+    for path, why in off:
+        print(f"fast path off: {path.name}, as {why}; {path.without}")
     for gpu in gpus:
         _wait_for_autograd(gpu)
     if failed:

@@ -5,46 +5,34 @@ about every pointer. Here is kept what the first launch of a kind came to, by as
 and the driver is given plain numbers.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
-from triton.language.extra.cuda import gdc_wait
-from triton.runtime.jit import JITFunction
+from triton import JITFunction
+
+from saccade.operator.torch_internals import (
+    Launch,
+    current_gpu,
+    dependent_launch_wait,
+    direct_launch,
+    launch_watch,
+)
+
+_gdc_wait = dependent_launch_wait()
+_is_watched = launch_watch()
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 """What kernels compute in, as a constant of theirs."""
 
 
-class _Compiled(NamedTuple):
-    """What a launch of a compiled kernel takes, beside the values of its arguments."""
-
-    run: Callable[..., None]
-    before: tuple  # between the stream and the values
-    after: tuple  # in place of the constants
-
-    def launch(self, grid: tuple[int, int, int], device: int, values: Sequence[Any]) -> None:
-        self.run(*grid, torch._C._cuda_getCurrentRawStream(device), *self.before, *values, *self.after)
-
-
-def _compiled(kernel: Any, after: tuple) -> _Compiled:
-    run = kernel.run
-    before = kernel.function, kernel.packed_metadata, None, None, None  # neither launch metadata nor hooks
-    # Triton 3.6 has a Python function here, which makes room for kernels that ask for some and calls what launches.
-    parameters = [*inspect.signature(type(run).__call__).parameters]
-    if parameters == ["self", "gridX", "gridY", "gridZ", "stream", "function", "args"] and not (
-        run.global_scratch_size or run.profile_scratch_size
-    ):
-        options = run.launch_cooperative_grid, run.launch_pdl, None, None
-        return _Compiled(run.launch, (kernel.function, *options, *before[1:]), after)
-    return _Compiled(run, before, after)
+_DEFAULTS = {"enable_fp_fusion": True}
+"""A product and a sum may be one instruction: so it is by default up to Triton 3.9, which warns where that is open."""
 
 
 class LaunchedKernel:
@@ -56,7 +44,7 @@ class LaunchedKernel:
 
     def __init__(self, function: JITFunction):
         self.function = function
-        self._compiled: dict[tuple, _Compiled] = {}
+        self._kept: dict[tuple, Launch] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return partial(self._launch, grid)
@@ -64,9 +52,9 @@ class LaunchedKernel:
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         values, kinds = [], []
         device = _take_apart(arguments, values, kinds)
-        compiled = self.compiled((device, *kinds, *constants.items()), grid, arguments, constants)
-        if compiled is not None:
-            compiled.launch(_of_three_axes(grid), device, values)
+        launch = self.kept((device, *kinds, *constants.items()), grid, arguments, values, constants)
+        if launch is not None:
+            launch(_of_three_axes(grid), device, values)
 
     def prepare(self, grid: tuple[int, ...], *last_arguments: Any, **constants: Any) -> "PreparedLaunch":
         """A launch that is complete but for its first arguments: for launchers that are called again and again.
@@ -79,17 +67,21 @@ class LaunchedKernel:
         """
         return PreparedLaunch(self, grid, last_arguments, constants)
 
-    def compiled(self, kind: tuple, grid: tuple[int, ...], arguments: tuple, constants: dict) -> _Compiled | None:
-        """The kernel as compiled for a kind of launches; if it is not kept, launch as Triton does, and keep it."""
-        compiled = self._compiled.get(kind)
-        if compiled is not None and not _is_watched():
-            return compiled
-        kernel: Any = self.function[grid](*arguments, **constants)
+    def kept(
+        self, kind: tuple, grid: tuple[int, ...], arguments: tuple, values: Sequence[Any], constants: dict[str, Any]
+    ) -> Launch | None:
+        """What launches a kind of calls; if it is not kept, launch these arguments as Triton does, and keep it."""
+        launch = self._kept.get(kind)
+        if launch is not None and not _is_watched():
+            return launch
+        kernel: Any = self.function[grid](*arguments, **_DEFAULTS | constants)
         # Not kept: what was not compiled, as it is interpreted; and on AMD's GPUs, where Triton tells more kinds apart.
         if hasattr(kernel, "packed_metadata") and not torch.version.hip:
             unused = self.function.params[len(arguments) :]
-            unused = tuple(constants.get(parameter.name, parameter.default) for parameter in unused)
-            self._compiled[kind] = _compiled(kernel, unused)
+            compiled_in = tuple(constants.get(parameter.name, parameter.default) for parameter in unused)
+            launch = direct_launch(kernel, values, compiled_in)
+            if launch is not None:
+                self._kept[kind] = launch
         return None
 
 
@@ -102,15 +94,15 @@ class PreparedLaunch:
         self._last_values, last_kinds = [], []
         _take_apart(last_arguments, self._last_values, last_kinds)
         self._last_kinds = (*last_kinds, *constants.items())
-        self._compiled: dict[tuple, _Compiled] = {}
+        self._kept: dict[tuple, Launch] = {}
 
     def __call__(self, tensors: Sequence[Any], *numbers: float) -> None:
         """Launch with these tensors, on their device, and numbers; all tensors but the first may be ``None``."""
         device = tensors[0].get_device()
-        if device >= 0 and device != torch._C._cuda_getDevice():
+        if device >= 0 and device != current_gpu():
             with torch.cuda.device(device):
                 return self(tensors, *numbers)
-        kind, values = [device], []
+        kind, values = [device, len(numbers)], []
         for tensor in tensors:
             if tensor is None:
                 kind.append(None)
@@ -120,18 +112,18 @@ class PreparedLaunch:
                 kind.append(tensor.dtype if address % 16 == 0 else (tensor.dtype, "not aligned"))
                 values.append(address)
         kind = tuple(kind)
-        compiled = self._compiled.get(kind)
-        if compiled is None or _is_watched():
-            numbers = tuple(map(float, numbers))
-            arguments = (*tensors, *numbers, *self._last_arguments)
-            kind_of_all = (*kind, *[float] * len(numbers), *self._last_kinds)
-            compiled = self._kernel.compiled(kind_of_all, self._grid, arguments, self._constants)
-            if compiled is None:
-                return
-            self._compiled[kind] = compiled
         values += numbers
         values += self._last_values
-        compiled.launch(self._grid_of_three, device, values)
+        launch = self._kept.get(kind)
+        if launch is None or _is_watched():
+            numbers = tuple(map(float, numbers))
+            arguments = (*tensors, *numbers, *self._last_arguments)
+            kind_of_all = (device, *kind[2:], *[float] * len(numbers), *self._last_kinds)
+            launch = self._kernel.kept(kind_of_all, self._grid, arguments, values, self._constants)
+            if launch is None:
+                return
+            self._kept[kind] = launch
+        launch(self._grid_of_three, device, values)
 
 
 def _of_three_axes(grid: tuple[int, ...]) -> tuple[int, int, int]:
@@ -165,17 +157,9 @@ def _take_apart(arguments: tuple, values: list[Any], kinds: list[Any]) -> int:
     return device
 
 
-def _is_watched() -> bool:
-    """Whether a profiler wants to hear of launches."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(
-        (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True))
-    )
-
-
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Kernels are launched on the current device: make it the tensor's."""
-    if not tensor.is_cuda or tensor.get_device() == torch._C._cuda_getDevice():
+    if not tensor.is_cuda or tensor.get_device() == current_gpu():
         return nullcontext()
     return torch.cuda.device(tensor.device)
 
@@ -186,7 +170,12 @@ def overlapping(device: torch.device) -> dict[str, bool]:
 
     The kernel must call ``wait_for_kernel_before`` before it reads or writes memory.
     """
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
+    if (
+        device.type != "cuda"
+        or torch.version.hip
+        or torch.cuda.get_device_capability(device) < (9, 0)
+        or _gdc_wait is None
+    ):
         return {"OVERLAP": False}
     return {"OVERLAP": True, "launch_pdl": True}
 
@@ -199,4 +188,4 @@ def wait_for_kernel_before(OVERLAP: tl.constexpr):
     of blocks that work (backward of deformable aggregation, batch 8: 638 us instead of 590 us).
     """
     if OVERLAP:
-        gdc_wait()
+        _gdc_wait()

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.kernel_launch import LaunchedKernel, PreparedLaunch, overlapping, wait_for_kernel_before
+from saccade.operator.torch_internals import current_gpu, current_stream, is_capturing
 
 # So many programs keep a GPU busy, and leave few sums to add up.
 _ENOUGH_PROGRAMS = 4096
@@ -121,14 +122,9 @@ def workspace(programs: int, predictions: Tensor, dtype: torch.dtype) -> Workspa
     memory pool in use at the first call on the stream, and must not be unmapped with that.
     """
     device = predictions.get_device()
-    if (
-        programs > _MOST_SUMS_KEPT
-        or device < 0
-        or device != torch._C._cuda_getDevice()
-        or torch._C._cuda_isCurrentStreamCapturing()
-    ):
+    if programs > _MOST_SUMS_KEPT or device < 0 or device != current_gpu() or is_capturing():
         return _new_workspace(programs, predictions, dtype)
-    stream = torch._C._cuda_getCurrentRawStream(device)
+    stream = current_stream(device)
     kept = _workspaces.get((device, stream, dtype))
     if kept is None:
         kept = _new_workspace(_MOST_SUMS_KEPT, predictions, dtype)

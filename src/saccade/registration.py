@@ -8,20 +8,22 @@ grad, and a call costs less than through ``torch.library.custom_op``.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch._C import DispatchKey, DispatchKeySet
-from torch.autograd import Function, forward_ad, profiler
-from torch.overrides import has_torch_function_unary
+from torch.autograd import Function
 
 from saccade.debug import debug_checks_enabled
+from saccade.operator.torch_internals import (
+    are_ordinary_on_gpu,
+    below_autograd,
+    counting_versions,
+    nothing_watches,
+    tensor_guards,
+    unchecked_apply,
+)
 
 library = torch.library.Library("saccade", "FRAGMENT")
-
-below_autograd = torch._C._AutoDispatchBelowAutograd
-"""Context manager for an autograd implementation: calls inside reach the device implementation."""
 
 
 class Gradient(Function):
@@ -35,23 +37,63 @@ class Gradient(Function):
         """Keep what ``backward`` needs. Tensors of lists are arguments, and results, of their own."""
 
 
+class _Signature(NamedTuple):
+    """Types of a schema's arguments and results."""
+
+    arguments: list[str]
+    results: list[str]
+
+    @property
+    def written(self) -> list[int]:
+        """Positions of the tensors that are written in place."""
+        return [position for position, kind in enumerate(self.arguments) if "!" in kind]
+
+
+def _signature(schema: str) -> _Signature:
+    arguments, results = schema.split("(", 1)[1].rsplit(") -> ", 1)
+    listed = [kind for kind in results.strip("()").split(", ") if kind]
+    return _Signature([argument.split()[0] for argument in arguments.split(", ")], listed)
+
+
 _implementations: dict[str, Callable[..., Any]] = {}
+_signatures: dict[str, _Signature] = {}
 _gradients: dict[str, type[Gradient]] = {}
-_written: dict[str, tuple[int, ...]] = {}
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> str:
-    """Define ``saccade::<schema>`` with one implementation for CPU and CUDA tensors; returns the operator's name."""
+    """Define ``saccade::<schema>`` with one implementation for CPU and CUDA tensors; returns the operator's name.
+
+    What an operator writes in place, ``Tensor(a!)``, has a new version counted. Without this, a tensor that autograd
+    saved before the write would be used in its changed form, silently.
+    """
     name = library.define(schema)
+    signature = _signature(schema)
+    on_devices = implementation
+    if signature.written:
+        operator = getattr(torch.ops.saccade, name).default
+        counting = counting_versions(operator, lambda *args: _count_versions(args, signature.written))
+        if counting is not None:
+            library.impl(name, counting, "ADInplaceOrView", with_keyset=True)
+        else:
+            on_devices = _with_versions_counted(implementation, signature.written)
     for device in ("CPU", "CUDA"):
-        library.impl(name, implementation, device)
-    _implementations[name] = implementation
+        library.impl(name, on_devices, device)
+    _implementations[name], _signatures[name] = implementation, signature
     torch.library.register_fake(f"saccade::{name}", fake, lib=library)
     return name
 
 
-def _ends_in_list(values: Any) -> bool:
-    return str(values[-1].type) == "List[Tensor]"
+def _count_versions(args: tuple[Any, ...], written: list[int]) -> None:
+    for position in written:
+        torch.autograd.graph.increment_version(args[position])
+
+
+def _with_versions_counted(call: Callable[..., Any], written: list[int]) -> Callable[..., Any]:
+    def counting(*args: Any) -> Any:
+        _count_versions(args, written)
+        return call(*args)
+
+    return counting
 
 
 def _recorded(gradient: type[Gradient], call: Callable[..., Any]) -> type[Function]:
@@ -82,26 +124,32 @@ def _recorded_with_call(gradient: type[Gradient]) -> type[Function]:
 
 def register_autograd(name: str, gradient: type[Gradient]) -> None:
     """Give an operator its gradient. A list of tensors must be the last argument or the last of several results."""
+    _gradients[name] = gradient
+    arguments, results = _signatures[name]
+    takes_list, gives_list = arguments[-1] == "Tensor[]", results[-1] == "Tensor[]"
+
+    # Autograd would lose the gradients of tensors in a list without a word: they are arguments and results themselves.
+    def flat(values: Any) -> tuple[Any, ...]:
+        return *values[:-1], *values[-1]
+
+    if below_autograd is None:
+        _register_autograd_with_library(name, gradient, len(arguments), takes_list, gives_list, flat)
+        return
     operator = getattr(torch.ops.saccade, name).default
-    arguments, results = operator._schema.arguments, operator._schema.returns
-    takes_list, gives_list = _ends_in_list(arguments), _ends_in_list(results)
     before_list, before_list_of_results = len(arguments) - 1, len(results) - 1
 
-    # Autograd would lose the gradients of tensors in a list without a word.
     def call(*args: Any) -> Any:
         if takes_list:
             args = (*args[:before_list], args[before_list:])
         with below_autograd():
             result = operator(*args)
-        return (*result[:before_list_of_results], *result[before_list_of_results]) if gives_list else result
+        return flat(result) if gives_list else result
 
     function = _recorded(gradient, call)
 
     def autograd(*args: Any) -> Any:
         if torch.is_grad_enabled():
-            if takes_list:
-                args = (*args[:before_list], *args[before_list])
-            result = function.apply(*args)
+            result = function.apply(*(flat(args) if takes_list else args))
             if not gives_list:
                 return result
             return (*result[:before_list_of_results], list(result[before_list_of_results:]))
@@ -109,7 +157,28 @@ def register_autograd(name: str, gradient: type[Gradient]) -> None:
             return operator(*args)
 
     library.impl(name, autograd, "Autograd")
-    _gradients[name] = gradient
+
+
+def _register_autograd_with_library(
+    name: str,
+    gradient: type[Gradient],
+    arguments: int,
+    takes_list: bool,
+    gives_list: bool,
+    flat: Callable[[Any], tuple[Any, ...]],
+) -> None:
+    """The same by public means, where calls take longer."""
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        gradient.save(ctx, flat(inputs) if takes_list else inputs, flat(output) if gives_list else output)
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if takes_list:
+            ctx.needs_input_grad = flat(ctx.needs_input_grad)
+        gradients = gradient.backward(ctx, *(flat(grads) if gives_list else grads))
+        return (*gradients[: arguments - 1], list(gradients[arguments - 1 :])) if takes_list else gradients
+
+    torch.library.register_autograd(f"saccade::{name}", backward, setup_context=save, lib=library)
 
 
 def register_backward(name: str) -> None:
@@ -125,56 +194,6 @@ def register_backward(name: str) -> None:
             raise RuntimeError(f"saccade::{name.removesuffix('_backward')} cannot be differentiated twice")
 
     register_autograd(name, DifferentiatedTwice)
-
-
-def register_in_place(name: str, *written: int) -> None:
-    """Make an operator that writes its arguments at positions ``written`` count a new version of each.
-
-    Without this, a tensor that autograd saved before the write would be used in its changed form, silently.
-    """
-    operator = getattr(torch.ops.saccade, name).default
-
-    def count_version(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
-        for position in written:
-            torch.autograd.graph.increment_version(args[position])
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
-
-    library.impl(name, count_version, "ADInplaceOrView", with_keyset=True)
-    _written[name] = written
-
-
-def _keys(*names: str) -> int:
-    keys = DispatchKeySet(getattr(DispatchKey, names[0]))
-    for name in names[1:]:
-        keys = keys | DispatchKeySet(getattr(DispatchKey, name))
-    return keys.raw_repr()
-
-
-_keys_of = torch._C._dispatch_keys
-_modes_under_way = torch._C._dispatch_tls_local_include_set
-_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
-_OF_GPU_TENSORS = _keys("CUDA", "ADInplaceOrView", "AutogradCUDA", "AutocastCUDA")
-_OF_NO_MODE = _keys("BackendSelect", "ADInplaceOrView")
-_RECORDING = DispatchKey.AutogradFunctionality
-
-
-def _nothing_watches() -> bool:
-    """Whether nothing traces, transforms, profiles or overrides calls, and no tangents go with tensors."""
-    return not (
-        torch.compiler.is_compiling()
-        or profiler._is_profiler_enabled
-        or forward_ad._current_level >= 0
-        or torch._C._is_torch_function_mode_enabled()
-        or _modes_under_way().raw_repr() != _OF_NO_MODE
-        or _is_excluded(_RECORDING)
-    )
-
-
-def unchecked_apply(function: type[Function]) -> Callable[..., Any]:
-    """``function.apply`` without its look for transforms of ``torch.func``, for where ``DirectCall`` has looked."""
-    above: Any = super(Function, function)
-    return above.apply
 
 
 @dataclass
@@ -193,22 +212,6 @@ class _Known:
 _PLAIN = frozenset((bool, float, int, str, type(None)))
 _MOST_KNOWN = 8
 _MUCH_WASTE = 64
-
-
-@cache
-def _guards() -> Any:
-    """What torch.compile asks of the inputs of a graph, or ``None`` if this PyTorch has it in another form.
-
-    That is their types, dispatch keys, dtypes, devices, sizes, strides, and whether they require grad: one call for all
-    tensors, which takes 0.3 us for four. Asking them one by one takes several. Of dispatch modes it sees some, not all.
-    """
-    try:
-        guards = torch._C._dynamo.guards.TensorGuards  # pyright: ignore[reportAttributeAccessIssue]
-        of_two = guards(torch.empty(2, device="cpu"), dynamic_dims_sizes=[[2]], dynamic_dims_strides=[[1]])
-        tells_apart = of_two.check(torch.ones(2, device="cpu")) and not of_two.check(torch.ones(3, device="cpu"))
-    except (AttributeError, TypeError):
-        return None
-    return guards if tells_apart else None
 
 
 class DirectCall:
@@ -240,10 +243,10 @@ class DirectCall:
                 whose arguments differ in the values of tensors alone, and in numbers that are not among the ``others``.
         """
         self.operator = getattr(torch.ops.saccade, name).default
-        kinds = [str(argument.type) for argument in self.operator._schema.arguments]
-        assert "List[Tensor]" not in kinds, f"saccade::{name}: a list of tensors would not be looked into"
-        self._tensors = [position for position, kind in enumerate(kinds) if "Tensor" in kind]
-        self._written = _written.get(name, ())
+        kinds = _signatures[name].arguments
+        assert "Tensor[]" not in kinds, f"saccade::{name}: a list of tensors would not be looked into"
+        self._tensors = [position for position, kind in enumerate(kinds) if kind.startswith("Tensor")]
+        self._written = _signatures[name].written
         self._implementation, self._prepare = _implementations[name], prepare
         self._gradient = _gradients.get(name)
         if self._gradient is not None:
@@ -263,7 +266,7 @@ class DirectCall:
             tensors: Those of the caller's arguments that are not ``None``. What is no tensor is not known.
             others: All else that checks depend on: numbers, names, and which tensors are ``None``.
         """
-        if not _nothing_watches() or debug_checks_enabled():
+        if not nothing_watches() or debug_checks_enabled():
             return None
         count, kinds = len(tensors), [*map(type, others)]
         for known in self._known:
@@ -284,7 +287,7 @@ class DirectCall:
         way = self._way(args)
         kinds = [*map(type, others)]
         # Checks convert what is not plain.
-        if way is self.operator or _guards() is None or not _PLAIN.issuperset(kinds):
+        if way is self.operator or tensor_guards() is None or not _PLAIN.issuperset(kinds):
             return way
         if self._wasted >= _MUCH_WASTE:
             # Where no two calls are alike, nearly none is learnt: that would take longer than the checks.
@@ -292,7 +295,7 @@ class DirectCall:
             if self._wasted % _MUCH_WASTE:
                 return way
         sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
-        fits = _guards()(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        fits = tensor_guards()(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
         if fits(*tensors):  # it does not if one tensor is two arguments
             self._keep(_Known(len(tensors), kinds, others, fits, way))
         return way
@@ -317,19 +320,10 @@ class DirectCall:
         call = self._implementation if self._prepare is None else self._prepare(*args)
         if gradient is not None:
             return lambda *args: self._record(*args, call)
-        return _counting_versions(call, self._written) if self._written else call
+        return _with_versions_counted(call, self._written) if self._written else call
 
     def _can_be_direct(self, args: tuple[Any, ...]) -> bool:
-        if not _nothing_watches():
-            return False
-        for position in self._tensors:
-            tensor = args[position]
-            # A subclass that overrides calls has a key for it, or a __torch_function__ of its own.
-            if tensor is not None and (
-                _keys_of(tensor).raw_repr() != _OF_GPU_TENSORS or has_torch_function_unary(tensor)
-            ):
-                return False
-        return True
+        return nothing_watches() and are_ordinary_on_gpu([args[position] for position in self._tensors])
 
     def _wants_gradient(self, args: tuple[Any, ...]) -> bool:
         for position in self._tensors:  # any(...) takes twice as long
@@ -337,14 +331,3 @@ class DirectCall:
             if tensor is not None and tensor.requires_grad:
                 return True
         return False
-
-
-def _counting_versions(call: Callable[..., Any], written: tuple[int, ...]) -> Callable[..., Any]:
-    """A call that counts a new version of the arguments at these positions."""
-
-    def counting(*args: Any) -> Any:
-        for position in written:
-            torch.autograd.graph.increment_version(args[position])
-        return call(*args)
-
-    return counting

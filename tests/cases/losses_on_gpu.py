@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -13,12 +12,6 @@ BEYOND_32_BITS = 2**31
 # Largest relative error (norm of the difference over norm of the exact result): a few roundings of float32 in each
 # element, and half an ulp of the smaller dtypes. Reduced losses are float32 whatever the dtype.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
-
-
-def needs_memory(gigabytes: int) -> None:
-    free, _ = torch.cuda.mem_get_info()
-    if free < gigabytes * 1e9:
-        pytest.skip(f"needs {gigabytes} GB of free GPU memory, there are {free / 1e9:.0f}")
 
 
 def bytes_of(*tensors: Tensor) -> int:

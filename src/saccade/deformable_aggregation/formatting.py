@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from saccade.argument_checks import require_floating, require_integer, require_shape
-from saccade.caching import may_be_kept
+from saccade.operator.torch_internals import may_have_been_written_to
+from saccade.ordinary_tensors import may_be_kept
 from saccade.registration import Gradient, register, register_autograd
 from saccade.triton_dispatch import served_by_triton
 
@@ -116,7 +117,7 @@ def index_tensors(cameras: _Cameras, rows: Tensor, by_level: bool = False) -> tu
     stream = torch.cuda.current_stream(rows.device).cuda_stream if rows.is_cuda else None
     key = (cameras, by_level, rows.device, stream)
     tensors = _kept.pop(key, None)
-    if tensors is None or any(tensor._version for tensor in tensors):  # none yet, or somebody wrote to them
+    if tensors is None or any(map(may_have_been_written_to, tensors)):  # none yet, or somebody wrote to them
         tensors = _make_index_tensors(cameras, rows.device, by_level)
         _host_sizes[tensors[0]] = cameras
         if len(_kept) == _MOST_KEPT:
@@ -147,7 +148,11 @@ def _to_maps(triple: Any) -> list[list[Tensor]]:
     require_integer("feature_maps[1]", spatial_shape)
     _, pixels, _ = require_shape("feature_maps[0]", rows, "B S C")
     require_shape("feature_maps[1]", spatial_shape, "N L 2")
-    known = not torch.compiler.is_compiling() and spatial_shape in _host_sizes and not spatial_shape._version
+    known = (
+        not torch.compiler.is_compiling()
+        and spatial_shape in _host_sizes
+        and not may_have_been_written_to(spatial_shape)
+    )
     if known:
         cameras = [sizes for number, sizes in _host_sizes[spatial_shape] for _ in range(number)]
     else:

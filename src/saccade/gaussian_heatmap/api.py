@@ -21,7 +21,7 @@ from saccade.argument_checks import (
 from saccade.debug import debug_checks_enabled
 from saccade.gaussian_heatmap import reference
 from saccade.gaussian_heatmap.radius import require_overlap
-from saccade.registration import DirectCall, register, register_in_place
+from saccade.registration import DirectCall, register
 from saccade.triton_dispatch import served_by_triton
 
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
@@ -638,8 +638,6 @@ register(
     _boxes,
     _boxes_fake,
 )
-register_in_place("draw_heatmap", 0)
-register_in_place("draw_heatmap_batched", 0)
 _call_draw = DirectCall("draw_heatmap", _prepare_draw)
 _call_draw_batched = DirectCall("draw_heatmap_batched", _prepare_draw_batched)
 _call_targets = DirectCall("heatmap_targets", _prepare_targets)

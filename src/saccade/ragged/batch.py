@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from saccade.argument_checks import InvalidArgumentError, InvalidStateError, require_tensor
-from saccade.caching import may_be_kept
+from saccade.operator.torch_internals import register_tree_node
+from saccade.ordinary_tensors import may_be_kept
 from saccade.ragged.rows import beside_entries, fill, fill_in_place
 
 
@@ -923,33 +923,20 @@ def _register_as_tree_node(cls: type[RaggedBatch]) -> None:
     takes does not depend on it. A batch put together from leaves is not checked, since these may be anything.
     """
 
-    def leaves(batch: RaggedBatch) -> tuple[Any, Any, Any]:
-        return batch._tensor, batch.mask, batch.sample_sizes
+    def leaves(batch: RaggedBatch) -> dict[str, Any]:
+        return {"tensor": batch._tensor, "mask": batch.mask, "sample_sizes": batch.sample_sizes}
 
-    def flatten(batch: RaggedBatch) -> tuple[list[Any], tuple[int, int]]:
-        return list(leaves(batch)), (batch._num_batch_dims, batch._non_uniform_dim)
+    def rest(batch: RaggedBatch) -> tuple[int, int]:
+        return batch._num_batch_dims, batch._non_uniform_dim
 
-    def flatten_with_keys(batch: RaggedBatch) -> tuple[list[Any], tuple[int, int]]:
-        names = ("tensor", "mask", "sample_sizes")
-        named = [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(names, leaves(batch), strict=True)]
-        return named, (batch._num_batch_dims, batch._non_uniform_dim)
-
-    def unflatten(values: Any, dims: tuple[int, int]) -> RaggedBatch:
+    def put_together(values: Any, dims: tuple[int, ...]) -> RaggedBatch:
         batch = object.__new__(cls)
         batch._tensor, mask, sample_sizes = values
         batch._num_batch_dims, batch._non_uniform_dim = dims
         batch._extent = _Extent(mask, sample_sizes)
         return batch
 
-    pytree.register_pytree_node(
-        cls,
-        flatten,
-        unflatten,
-        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
-        flatten_with_keys_fn=flatten_with_keys,
-        to_dumpable_context=list,
-        from_dumpable_context=tuple,
-    )
+    register_tree_node(cls, leaves, rest, put_together)
 
 
 _register_as_tree_node(RaggedBatch)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from saccade.debug import debug_checks_enabled
+from saccade.ordinary_tensors import is_ordinary
 
 
 class IndexOutOfRangeError(IndexError, ValueError):
@@ -15,16 +16,10 @@ def values_may_be_read(tensor: Tensor) -> bool:
 
     Never where there are none to look at: within a trace, a transform or the recording of a CUDA graph.
     """
-    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
-        return False
-    if tensor.is_cuda and not debug_checks_enabled():
-        return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # pyright: ignore[reportAttributeAccessIssue]
-        return False
-    if torch._is_functional_tensor(tensor):  # pyright: ignore[reportPrivateImportUsage]
+    if torch.compiler.is_compiling() or not is_ordinary(tensor):
         return False
     if tensor.is_cuda:
-        return not torch.cuda.is_current_stream_capturing()
+        return debug_checks_enabled() and not torch.cuda.is_current_stream_capturing()
     return tensor.device.type == "cpu"
 
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
-from torch.utils.data._utils.collate import default_collate_fn_map
 from torch.utils.hooks import RemovableHandle
 
 from saccade.argument_checks import InvalidArgumentError
+from saccade.operator.torch_internals import map_of_arguments, register_collation
 from saccade.ragged.batch import RaggedBatch
 from saccade.ragged.building import combine_data
 
@@ -103,7 +102,7 @@ def move_ragged_inputs(module: nn.Module) -> RemovableHandle:
             # A copy to the CPU that nobody waits for would be read too early.
             return value.to(device, non_blocking=device.type != "cpu") if _is_batch(value) else value
 
-        return pytree.tree_map(moved, (args, kwargs), is_leaf=_is_batch)
+        return map_of_arguments(moved, args, kwargs, _is_batch)
 
     return module.register_forward_pre_hook(move, with_kwargs=True)
 
@@ -145,4 +144,4 @@ def _stack(samples: Sequence[RaggedBatch], *, collate_fn_map: Any = None) -> Rag
     )
 
 
-default_collate_fn_map[RaggedBatch] = _stack
+register_collation(RaggedBatch, _stack)

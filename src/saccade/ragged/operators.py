@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from saccade.operator.torch_internals import tangents_may_go_along
+from saccade.ordinary_tensors import is_wrapped
 from saccade.ragged.rows import (
     beside_entries,
     fill,
@@ -31,8 +32,6 @@ from saccade.ragged.rows import (
 from saccade.registration import DirectCall, Gradient, register, register_autograd
 from saccade.triton_dispatch import served_by_triton
 
-_is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
-
 
 def serve(*tensors: Tensor) -> bool:
     """Whether calls on these tensors go through the operators.
@@ -43,10 +42,10 @@ def serve(*tensors: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True
-    if forward_ad._current_level >= 0:
+    if tangents_may_go_along():
         return False
     for tensor in tensors:  # noqa: SIM110 - any(...) takes twice as long
-        if _is_transformed(tensor):
+        if is_wrapped(tensor):
             return False
     return True
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saccade.demo.texture import LEVELS, TEXEL, TILE, cloud_tile, ground_tile
+from saccade_demo.rendering.texture import LEVELS, TEXEL, TILE, cloud_tile, ground_tile
 
 ACROSS = 2048
 """Entries, each a `TEXEL` wide, of the table of what lies across a street."""

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from saccade.demo import DemoError
-from saccade.demo.geometry import Sample
-from saccade.demo.scene import IMAGE_WH
+from saccade_demo import DemoError
+from saccade_demo.geometry import Sample
+from saccade_demo.rendering.scene import IMAGE_WH
 
 
 def load_frame(directory: Path, image_wh: tuple[int, int] = IMAGE_WH) -> Sample:

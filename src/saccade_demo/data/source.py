@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from saccade.demo.evaluation import MAX_RANGE
-from saccade.demo.frame import load_frame
-from saccade.demo.geometry import Sample
-from saccade.demo.scene import CAMERA_NAMES, CLASS_NAMES, scene
+from saccade_demo.data.frame import load_frame
+from saccade_demo.evaluation import MAX_RANGE
+from saccade_demo.geometry import Sample
+from saccade_demo.rendering.scene import CAMERA_NAMES, CLASS_NAMES, scene
 
 
 class Source(Protocol):

@@ -12,10 +12,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from saccade.demo.batch import decode_boxes
-from saccade.demo.geometry import Sample, wire_segments
-from saccade.demo.model import DecoderLayer, Detector, Output
-from saccade.demo.plots import (
+from saccade.nn import DeformableFeatureAggregation
+from saccade_demo.data.batch import decode_boxes
+from saccade_demo.geometry import Sample, wire_segments
+from saccade_demo.model import DecoderLayer, Detector, Output
+from saccade_demo.pictures.plots import (
     FAINT,
     GAP,
     INK,
@@ -29,7 +30,6 @@ from saccade.demo.plots import (
     show_image,
     write_in_corner,
 )
-from saccade.nn import DeformableFeatureAggregation
 
 SHADES = mpl.colormaps["plasma"]
 

@@ -17,24 +17,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import saccade
-from saccade.demo import DemoError
-from saccade.demo.checkpoint import Checkpoint, interrupt_noted
-from saccade.demo.distribution import Ranks, chosen_algorithms
-from saccade.demo.evaluation import MIN_SCORE, Counts, Detections, to_be_found
-from saccade.demo.geometry import Sample
-from saccade.demo.journal import Journal, require_tensorboard
-from saccade.demo.loss import heatmap_target
-from saccade.demo.model import Detector, DetectorConfig
-from saccade.demo.nuscenes import DEFAULT_VERSION, NuScenesScenes
-from saccade.demo.plots import draw_birds_eye, draw_cameras, draw_heatmaps
-from saccade.demo.progress import draw_curves, draw_progress
-from saccade.demo.recipe import LEARNING_RATE, Recipe
-from saccade.demo.sampling import draw_sampling, recorded, telling_query
-from saccade.demo.scene import IMAGE_WH
-from saccade.demo.source import RealFrame, RenderedScenes, Source
-from saccade.demo.stream import VIEWS_APART, num_samples
-from saccade.demo.train import Told, Trainer
 from saccade.doctor import backend
+from saccade_demo import DemoError
+from saccade_demo.data.nuscenes import DEFAULT_VERSION, NuScenesScenes
+from saccade_demo.data.source import RealFrame, RenderedScenes, Source
+from saccade_demo.evaluation import MIN_SCORE, Counts, Detections, to_be_found
+from saccade_demo.geometry import Sample
+from saccade_demo.model import Detector, DetectorConfig
+from saccade_demo.pictures.plots import draw_birds_eye, draw_cameras, draw_heatmaps
+from saccade_demo.pictures.progress import draw_curves, draw_progress
+from saccade_demo.pictures.sampling import draw_sampling, recorded, telling_query
+from saccade_demo.rendering.scene import IMAGE_WH
+from saccade_demo.training.checkpoint import Checkpoint, interrupt_noted
+from saccade_demo.training.distribution import Ranks, chosen_algorithms
+from saccade_demo.training.journal import Journal, require_tensorboard
+from saccade_demo.training.loss import heatmap_target
+from saccade_demo.training.recipe import LEARNING_RATE, Recipe
+from saccade_demo.training.stream import VIEWS_APART, num_samples
+from saccade_demo.training.trainer import Told, Trainer
 
 OPERATORS = ("deformable_aggregation", "focal_loss", "gaussian_focal_loss", "gaussian_heatmap")
 HELD_OUT = 32

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from saccade.demo import DemoError, SampleError
-from saccade.demo.ahead import OnItsWay, made_ahead
-from saccade.demo.batch import Batch, Objects, decode_boxes, make_batch
-from saccade.demo.distribution import ALONE, Ranks
-from saccade.demo.evaluation import Counts, Detections, match
-from saccade.demo.geometry import Sample
-from saccade.demo.loss import DetectionLoss
-from saccade.demo.model import Detector, Output
-from saccade.demo.recipe import Recipe
-from saccade.demo.source import Source
-from saccade.demo.stream import batches_of_steps
+from saccade_demo import DemoError, SampleError
+from saccade_demo.data.ahead import OnItsWay, made_ahead
+from saccade_demo.data.batch import Batch, Objects, decode_boxes, make_batch
+from saccade_demo.data.source import Source
+from saccade_demo.evaluation import Counts, Detections, match
+from saccade_demo.geometry import Sample
+from saccade_demo.model import Detector, Output
+from saccade_demo.training.distribution import ALONE, Ranks
+from saccade_demo.training.loss import DetectionLoss
+from saccade_demo.training.recipe import Recipe
+from saccade_demo.training.stream import batches_of_steps
 
 EVALUATED_AT_ONCE = {"cpu": 1, "cuda": 8}
 """Samples of a forward pass where nothing is learnt, by device."""

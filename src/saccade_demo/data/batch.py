@@ -10,7 +10,7 @@ from torch import Tensor
 
 import saccade
 from saccade import RaggedBatch
-from saccade.demo.geometry import Sample, box_corners, project
+from saccade_demo.geometry import Sample, box_corners, project
 
 
 def encode_boxes(boxes: np.ndarray) -> np.ndarray:

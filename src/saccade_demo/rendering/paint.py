@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saccade.demo.solids import (
+from saccade_demo.rendering.solids import (
     BARRIER,
     BIN,
     BOLLARD,
@@ -17,8 +17,8 @@ from saccade.demo.solids import (
     TRUCK,
     Solid,
 )
-from saccade.demo.surroundings import Light
-from saccade.demo.texture import cloud_tile
+from saccade_demo.rendering.surroundings import Light
+from saccade_demo.rendering.texture import cloud_tile
 
 CAR_PAINT = np.array(
     [

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 import saccade
 from saccade import RaggedBatch
-from saccade.demo.ahead import OnItsWay
-from saccade.demo.batch import Batch, Objects
-from saccade.demo.model import Output
 from saccade.nn import FocalLoss
 from saccade.ragged import batched_indexing_access, batched_inverse_indexing_access
+from saccade_demo.data.ahead import OnItsWay
+from saccade_demo.data.batch import Batch, Objects
+from saccade_demo.model import Output
 
 IGNORED_WITHIN = 2.0
 """Metres from an ignored box within which an anchor may call it what it likes."""

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from saccade.demo.geometry import NEAR, Sample, box_corners, turned, yaw_rotation
-from saccade.demo.paint import Painted, random_paint
-from saccade.demo.solids import (
+from saccade_demo.geometry import NEAR, Sample, box_corners, turned, yaw_rotation
+from saccade_demo.rendering.paint import Painted, random_paint
+from saccade_demo.rendering.solids import (
     BARRIER,
     BUSH,
     CAR,
@@ -28,7 +28,7 @@ from saccade.demo.solids import (
     meet,
     random_parts,
 )
-from saccade.demo.surroundings import (
+from saccade_demo.rendering.surroundings import (
     Light,
     Street,
     lining_depth,

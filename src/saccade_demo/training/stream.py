@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from saccade.demo import DemoError, SampleError
-from saccade.demo.batch import Batch, make_batch
-from saccade.demo.distribution import Ranks
-from saccade.demo.geometry import Sample, mirrored, turned
-from saccade.demo.recipe import Recipe
-from saccade.demo.source import Source
+from saccade_demo import DemoError, SampleError
+from saccade_demo.data.batch import Batch, make_batch
+from saccade_demo.data.source import Source
+from saccade_demo.geometry import Sample, mirrored, turned
+from saccade_demo.training.distribution import Ranks
+from saccade_demo.training.recipe import Recipe
 
 VIEWS_APART = 84
 """Steps from one view of a sample to the next."""

@@ -4,8 +4,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from saccade.demo import DemoError
-from saccade.demo.evaluation import Counts
+from saccade_demo import DemoError
+from saccade_demo.evaluation import Counts
 
 
 def require_tensorboard() -> None:
@@ -15,7 +15,9 @@ def require_tensorboard() -> None:
         DemoError: It is not installed.
     """
     if find_spec("tensorboard") is None:
-        raise DemoError("--tensorboard: tensorboard is not installed; `pip install 'saccade[tensorboard]'` brings it")
+        raise DemoError(
+            "--tensorboard: tensorboard is not installed; `pip install 'saccade-ops[tensorboard]'` brings it"
+        )
 
 
 class Journal:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from saccade.demo.geometry import NEAR
+from saccade_demo.geometry import NEAR
 
 CLASS_NAMES = ("car", "truck", "pedestrian", "barrier")
 CAR, TRUCK, PEDESTRIAN, BARRIER = range(4)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from saccade.demo import DemoError
+from saccade_demo import DemoError
 
 T = TypeVar("T")
 

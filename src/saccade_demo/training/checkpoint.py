@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from saccade.demo import DemoError
+from saccade_demo import DemoError
 
 FORMAT = "saccade demo checkpoint 1"
 

@@ -9,9 +9,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from saccade.demo.evaluation import MIN_SCORE, Counts, Detections, match
-from saccade.demo.geometry import Sample
-from saccade.demo.plots import (
+from saccade_demo.evaluation import MIN_SCORE, Counts, Detections, match
+from saccade_demo.geometry import Sample
+from saccade_demo.pictures.plots import (
     FAINT,
     GAP,
     Canvas,

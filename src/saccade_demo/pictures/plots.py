@@ -20,8 +20,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Patch, Polygon
 from PIL import Image
 
-from saccade.demo.evaluation import MAX_RANGE, MIN_SCORE, Counts, Detections
-from saccade.demo.geometry import Sample, box_corners, turned, turned_boxes, wire_segments, yaw_rotation
+from saccade_demo.evaluation import MAX_RANGE, MIN_SCORE, Counts, Detections
+from saccade_demo.geometry import Sample, box_corners, turned, turned_boxes, wire_segments, yaw_rotation
 
 DARK, INK, FAINT = "#15181c", "#eceff3", "#8b939c"
 TRUE, IGNORED = "#ffffff", "#b9b9b9"

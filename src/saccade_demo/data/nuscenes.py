@@ -18,12 +18,12 @@ from typing import Any, Protocol
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from saccade.demo import DemoError
-from saccade.demo.ahead import made_ahead
-from saccade.demo.evaluation import MAX_RANGE, Detections
-from saccade.demo.frame import read_image
-from saccade.demo.geometry import Sample, yaw_rotation
-from saccade.demo.scene import CAMERA_NAMES, IMAGE_WH
+from saccade_demo import DemoError
+from saccade_demo.data.ahead import made_ahead
+from saccade_demo.data.frame import read_image
+from saccade_demo.evaluation import MAX_RANGE, Detections
+from saccade_demo.geometry import Sample, yaw_rotation
+from saccade_demo.rendering.scene import CAMERA_NAMES, IMAGE_WH
 
 SPLITS = {"v1.0-mini": ("mini_train", "mini_val"), "v1.0-trainval": ("train", "val")}
 """Versions of the data set with annotations, and their official splits: to learn from, to be judged on."""
