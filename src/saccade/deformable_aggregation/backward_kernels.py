@@ -545,7 +545,7 @@ def deformable_aggregation_backward(
             )
             begins = torch.cumsum(counts[: rows + 1], 0, dtype=index)
             _place_kernel[blocks](
-                *of_maps, location, begins, slots, placed, *sizes, BLOCK_L=block_l, BLOCK=32, **of_points, num_warps=2
+                *of_maps, location, begins, slots, placed, *sizes, BLOCK_L=block_l, BLOCK=32, **of_points, num_warps=4
             )
             ordering = min(triton.cdiv(samples * of_sample, 128), 2048)
             _order_and_split_kernel[(triton.cdiv(windows + 1, 4) + ordering,)](

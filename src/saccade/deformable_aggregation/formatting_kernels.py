@@ -87,5 +87,6 @@ def format_rows(maps: Sequence[Tensor], rows: Tensor) -> None:
             CHANNELS=channels,
             TILE_PIXELS=tile_pixels,
             TILE_CHANNELS=tile_channels,
-            num_warps=4,
+            # For each level of another dtype there is code with registers of its own.
+            num_warps=4 if len({feature.dtype for feature in maps}) == 1 else 8,
         )

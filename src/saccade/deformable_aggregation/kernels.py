@@ -302,6 +302,7 @@ def deformable_aggregation(
 
     tile = row_tile(channels, groups, itemsize)
     fits = dtype == torch.float32 and itemsize == 4 and tile["BLOCK_H"] * tile["BLOCK_G"] * tile["BLOCK_C"] <= 256
+    fits &= groups <= 128  # the addresses of so many weights take registers, too
     overlap = overlapping(output.device)
     of_points = dict(K=points, N=cameras, L=levels, SEGMENT=segment, COMPUTE=TRITON_DTYPE[dtype], **overlap)
     for b in range(0, batch, at_once):

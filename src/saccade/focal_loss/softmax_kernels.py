@@ -24,6 +24,9 @@ from saccade.precision import compute_dtype
 # Classes of a row, and elements of all rows, that a program works on at a time.
 _MOST_CLASSES, _ELEMENTS = 1024, 1024
 
+# Of a gradient of more classes. Triton 3.5 left alone uses 40 and spills 8 bytes; later ones need no telling.
+_REGISTERS = {"maxnreg": 48} if triton.__version__.startswith("3.5.") and not torch.version.hip else {}
+
 
 @triton.jit
 def _shifted(x, top):
@@ -212,5 +215,6 @@ def softmax_focal_loss_backward(
             grad_output, logits, target, as_numbers(class_weight), avg_factor,
             grad_logits, rows, tiles, sizes, *steps, logits.stride(-1), grad_logits.stride(-1), alpha, gamma,
             scale_of(kind, avg_factor, scale, rows), eps, torch.finfo(compute_dtype(logits)).min, **constants,
+            **(_REGISTERS if constants["C"] > _MOST_CLASSES else {}),
         )  # fmt: skip
     return grad_logits

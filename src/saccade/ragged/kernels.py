@@ -366,7 +366,7 @@ def _prepare_gather(
         POSITION=_position_dtype(samples * slots, block_m),
         BLOCK_M=block_m,
         BLOCK_D=block_d,
-        BLOCK_LATER=16,
+        BLOCK_LATER=max(64 // block_m, 16),
         num_warps=4,
         **overlapping(device),
     )
