@@ -4,7 +4,8 @@ A suite has one or more operators, which ``saccade.doctor`` checks before anythi
 function of ``quick``, ``say`` and ``is_wanted`` that yields a record for each workload and pass: ``workload``,
 ``pass``, ``dtype``, ``clock``, ``saccade_us``, ``floor_us``, ``baselines``, ``recorded`` and ``error``, and more if
 there is more to tell. What is under way it tells ``say``; workloads that are not wanted it leaves out. What is true of
-the whole run is added here, and to each wall time ``bce_us``, which was measured right after it. The training of the demo takes minutes and is run by its name alone.
+the whole run is added here, and to each wall time ``bce_us``, which is measured right after it. The training of the
+demo takes minutes and is run by its name alone.
 """
 
 import importlib
