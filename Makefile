@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A process for each core, but no more than four: on a GPU each takes memory for a context of its own. One thread each, or
 # PyTorch would take every core in every process. Tests take very different times, which `worksteal` evens out.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 # What the GPU tests run with: `make test-gpu WITH=python3` takes a Python that has torch, Triton and pytest already.
 WITH ?= $(BIN)/python
 
 .DELETE_ON_ERROR: # an environment that could not be finished is made again
-.PHONY: demo test test-all test-gpu check docs bench clean
+.PHONY: demo test test-all test-torch test-gpu check docs bench clean
 
 demo: $(VENV)/demo-ready  ## train a small multi-camera detector with every operator; pictures in demo-output/
 	$(BIN)/python -m saccade demo
@@ -22,6 +22,12 @@ test-all: check docs  ## all tests, slow ones too, and those for the newest PyTo
 	$(PYTEST) --durations=10
 	TRITON_INTERPRET=1 $(PYTEST) --durations=10 tests -m interpreted
 	$(MAKE) test-torch TORCH=2.15.0
+
+# Another environment beside the first one, without its pins: torch brings the Triton that it wants.
+test-torch: BIN := $(VENV)-torch-$(TORCH)/bin
+test-torch: $(VENV)-torch-$(TORCH)/ready  ## all tests with another PyTorch: `make test-torch TORCH=2.15.0`
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests -m interpreted
 
 # Tests that fill the memory of a GPU are a group, which one of the processes runs.
 test-gpu: $(if $(filter $(BIN)/python,$(WITH)),$(VENV)/ready)  ## all tests that a GPU can run; fails where there is none
@@ -52,5 +58,11 @@ $(VENV)/ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,docs]'
 	touch $@
 
+$(VENV)-torch-%/ready: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet torch==$* --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) site dist demo-output .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-torch-* site dist demo-output .pytest_cache .ruff_cache .hypothesis
