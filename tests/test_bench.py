@@ -709,7 +709,7 @@ def test_where_the_benchmarks_are_found(tmp_path):
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1
-        assert ("runs from a checkout" not in done.stderr) == is_found
+        assert ("in the root of a checkout" not in done.stderr) == is_found
 
 
 def refused(clock, tmp_path, *arguments: str) -> str:

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.driver import CudaLauncher  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
@@ -102,19 +101,81 @@ def test_a_prepared_launch_is_that_of_the_kernel():
     assert isinstance(launches[2].arguments[1], float)
 
 
-class RecordingLauncher(CudaLauncher):
-    """A launcher of Triton's that records launches. Its kernel asks for no memory, and for nothing else either."""
+class LauncherOfTriton36:
+    """Records launches in place of the function in C, which takes all arguments one by one."""
 
-    def __init__(self, launches: list[tuple]):
-        self.launch = lambda *parts: launches.append(parts)
+    global_scratch_size = profile_scratch_size = 0
+    launch_cooperative_grid, launch_pdl = False, True
 
-    def __getattr__(self, name: str) -> int:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return 0
+    def __init__(self, launched: list[tuple]):
+        self.launch = lambda *parts: launched.append(parts)
+
+    def __call__(self, x, y, z, stream, function, *args):
+        self.launch(x, y, z, stream, function, self.launch_cooperative_grid, self.launch_pdl, None, None, *args)
 
 
-def test_a_kernel_compiled_for_aligned_memory_is_not_launched_with_other_memory(monkeypatch):
+class LauncherOfTriton37(LauncherOfTriton36):
+    """The same, in which they are a tuple, and nobody counts them from Triton 3.8 on."""
+
+    arg_annotations, kernel_signature = "annotations", b"signature"
+
+    def __call__(self, x, y, z, stream, function, metadata, of_launch, enter, leave, *args):
+        before = function, self.launch_cooperative_grid, self.launch_pdl, metadata, of_launch, enter, leave, None, None
+        self.launch(x, y, z, stream, *before, self.arg_annotations, self.kernel_signature, args)
+
+
+class LauncherToCome(LauncherOfTriton37):
+    def __call__(self, *args):
+        self.launch(*args, "more")
+
+
+class LauncherThatFails(LauncherOfTriton37):
+    def __call__(self, *args):
+        raise RuntimeError("another form")
+
+
+class LauncherWithRoom(LauncherOfTriton37):
+    global_scratch_size = 8
+
+
+each_form = pytest.mark.parametrize("launcher", [LauncherOfTriton36, LauncherOfTriton37])
+
+
+def compiled_kernel(launcher: Any) -> SimpleNamespace:
+    return SimpleNamespace(run=launcher, function="function", packed_metadata="metadata")
+
+
+def direct_launch(launcher: Any) -> Any:
+    if served_by_triton(MEMORY):
+        pytest.skip("under TRITON_INTERPRET nothing is compiled")
+    return torch_internals.direct_launch(compiled_kernel(launcher), _of_any_number, [7, 0.5, 3], 3, {"CONSTANT": 2})
+
+
+@each_form
+def test_a_direct_launch_gives_the_function_in_c_what_the_launcher_does(launcher, monkeypatch):
+    monkeypatch.setattr(torch_internals, "current_stream", lambda device: 100 + device)
+    launched: list[tuple] = []
+    of_triton = launcher(launched)
+    launch = direct_launch(of_triton)
+    assert launched == [], "nothing is launched where it is only asked"
+    launch((4, 5, 6), 1, [8, 1.5, 3])
+    of_triton(4, 5, 6, 101, "function", "metadata", None, None, None, 8, 1.5, 3, 2)
+    assert launched[0] == launched[1]
+
+
+@pytest.mark.parametrize("launcher", [LauncherToCome, LauncherThatFails, LauncherWithRoom, None])
+def test_other_launchers_are_left_to_triton(launcher, monkeypatch):
+    monkeypatch.setattr(torch_internals, "unknown_launchers", set())
+    launched: list[tuple] = []
+    for _ in range(2):
+        assert direct_launch(launcher and launcher(launched)) is None
+    assert launched == []
+    name = type(None).__name__ if launcher is None else launcher.__name__
+    assert torch_internals.unknown_launchers == (set() if launcher is LauncherWithRoom else {name})
+
+
+@each_form
+def test_a_kernel_compiled_for_aligned_memory_is_not_launched_with_other_memory(launcher, monkeypatch):
     """It reads 16 bytes at a time, which a GPU refuses to do at any other address, or does at the wrong one."""
     if served_by_triton(MEMORY):
         pytest.skip("under TRITON_INTERPRET nothing is compiled")
@@ -123,7 +184,7 @@ def test_a_kernel_compiled_for_aligned_memory_is_not_launched_with_other_memory(
 
     def compile_and_launch(kernel: JITFunction, tensor: torch.Tensor, *_: Any, **options: Any) -> SimpleNamespace:
         compiled.append(tensor.data_ptr())
-        return SimpleNamespace(run=RecordingLauncher(launched), function=1, packed_metadata=())
+        return compiled_kernel(launcher(launched))
 
     monkeypatch.setattr(JITFunction, "run", compile_and_launch)
     monkeypatch.setattr(torch_internals, "current_stream", lambda device: 0)
@@ -135,26 +196,6 @@ def test_a_kernel_compiled_for_aligned_memory_is_not_launched_with_other_memory(
     assert len(launched) == 3
     for parts, tensor in zip(launched, (also_aligned, aligned, neither), strict=True):
         assert tensor.data_ptr() in {value for part in parts for value in (part if isinstance(part, tuple) else [part])}
-
-
-class OtherLauncher(RecordingLauncher):
-    """One that gives its function in C an argument more, as a later Triton may."""
-
-    def __call__(self, *args: Any) -> None:
-        self.launch(*args, "more")
-
-
-def test_a_launcher_of_a_form_that_is_not_known_is_left_to_triton(monkeypatch):
-    monkeypatch.setattr(torch_internals, "unknown_launchers", set())
-    launched: list[tuple] = []
-    kernel = SimpleNamespace(run=RecordingLauncher(launched), function=1, packed_metadata=())
-    known = torch_internals.direct_launch(kernel, [7], (2,))
-    assert known is not None
-    kernel.run = OtherLauncher(launched)
-    assert torch_internals.direct_launch(kernel, [7], (2,)) is None
-    assert torch_internals.unknown_launchers == {"OtherLauncher"}
-    assert torch_internals.direct_launch(SimpleNamespace(), [7], (2,)) is None
-    assert launched == [], "nothing is launched where it is only asked"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -191,7 +232,7 @@ def what_reaches_the_driver(tmp_path: Path, *options: str) -> dict[str, Any]:
     subprocess.run([*command, "-o", library], check=True)
     library.with_name("libcuda.so").symlink_to(library)
     script = [sys.executable, folder / "launches.py", tmp_path, *options]
-    done = subprocess.run(script, capture_output=True, text=True)
+    done = subprocess.run(script, capture_output=True, text=True, timeout=850)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -618,6 +618,8 @@ def forget() -> None:
             for value in vars(module).values():
                 if hasattr(value, "cache_clear"):
                     value.cache_clear()
+                elif type(value).__name__ == "LaunchedKernel":  # which is imported where Triton is
+                    value._kept.clear()
     formatting._kept.clear()
 
 

@@ -68,9 +68,9 @@ def test_a_counter_is_as_it_was_after_each_launch(device, monkeypatch):
     if device == "cpu":  # interpreted: that memory is kept at all takes a GPU and its stream
         workspace = loss_reduction_kernels.workspace
         monkeypatch.setattr(kernels, "workspace", lambda programs, _, dtype: workspace(programs, OnGpu(), dtype))
-        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
-        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
-        monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
+        monkeypatch.setattr(loss_reduction_kernels, "current_gpu", lambda: 0)
+        monkeypatch.setattr(loss_reduction_kernels, "current_stream", lambda device: 7)
+        monkeypatch.setattr(loss_reduction_kernels, "is_capturing", lambda: False)
     monkeypatch.setattr(loss_reduction_kernels, "_workspaces", {})
     labels = torch.zeros(400, dtype=torch.int64, device=device)
     numbers = None, None, 0.25, 2.0, False, "sum", None, 1.0, 0.0

@@ -33,9 +33,9 @@ class Gone:
 
 
 def delete(name: str) -> None:
-    """Delete what `pkgutil.resolve_name` finds under a name; of Triton, whose launches need it, hide it from that."""
+    """Delete what `pkgutil.resolve_name` finds under a name; hide it from that where PyTorch and Triton need it."""
     module, _, attributes = name.partition(":")
-    if module.startswith("triton"):
+    if module.startswith("triton") or "_cuda_" in name or "redispatch" in name:
         resolve = pkgutil.resolve_name
 
         def resolve_others(wanted: str) -> object:

@@ -213,7 +213,7 @@ def bench(
 
     fault = None
     if not benchmarks_are_found():
-        fault = "runs from a checkout of the repository, where the benchmarks are"
+        fault = "runs in the root of a checkout of the repository, where the benchmarks are"
     elif not torch.cuda.is_available():
         fault = f"torch {torch.__version__} finds no GPU to time; `saccade doctor` tells more"
     if fault is not None:

@@ -21,6 +21,7 @@ from saccade.operator.torch_internals import (
     current_gpu,
     dependent_launch_wait,
     direct_launch,
+    fusion_by_default,
     launch_watch,
 )
 
@@ -31,8 +32,8 @@ TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 """What kernels compute in, as a constant of theirs."""
 
 
-_DEFAULTS = {"enable_fp_fusion": True}
-"""A product and a sum may be one instruction: so it is by default up to Triton 3.9, which warns where that is open."""
+_DEFAULTS = {"enable_fp_fusion": fusion_by_default()}
+"""Triton 3.9 warns where a launch leaves this open, since its default will change."""
 
 
 class LaunchedKernel:
@@ -77,9 +78,7 @@ class LaunchedKernel:
         kernel: Any = self.function[grid](*arguments, **_DEFAULTS | constants)
         # Not kept: what was not compiled, as it is interpreted; and on AMD's GPUs, where Triton tells more kinds apart.
         if hasattr(kernel, "packed_metadata") and not torch.version.hip:
-            unused = self.function.params[len(arguments) :]
-            compiled_in = tuple(constants.get(parameter.name, parameter.default) for parameter in unused)
-            launch = direct_launch(kernel, values, compiled_in)
+            launch = direct_launch(kernel, self.function, values, len(arguments), constants)
             if launch is not None:
                 self._kept[kind] = launch
         return None

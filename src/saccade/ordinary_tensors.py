@@ -3,20 +3,19 @@
 import torch
 from torch import Tensor
 
+from saccade.operator.torch_internals import is_functional
+
 
 def is_ordinary(tensor: Tensor) -> bool:
-    """Whether a tensor is just that, and does not stand for something in a trace or transform.
-
-    What does has no memory: a fake tensor is of another type, one that ``torch.func`` wraps has no address, and that of
-    a functional tensor is 0. PyTorch has names for these states, but they are private.
-    """
-    if type(tensor) is not Tensor or is_wrapped(tensor):
-        return False
-    return tensor.data_ptr() != 0 or tensor.numel() == 0 or tensor.device.type == "meta"
+    """Whether a tensor is just that, and does not stand for something in a trace or transform."""
+    return type(tensor) is Tensor and not is_wrapped(tensor) and not is_functional(tensor)
 
 
 def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a transform of ``torch.func`` wraps a tensor; of subclasses this is not asked."""
+    """Whether a tensor has no address, as those that ``torch.func`` wraps, and sparse ones. Subclasses are not asked.
+
+    PyTorch has a name for this state, too, but a private one.
+    """
     if type(tensor) is not Tensor:
         return False
     try:

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from saccade.argument_checks import require_floating, require_integer, require_shape
-from saccade.operator.torch_internals import may_have_been_written_to
+from saccade.operator.torch_internals import may_have_been_written_to, weak_tensor_keys
 from saccade.ordinary_tensors import may_be_kept
 from saccade.registration import Gradient, register, register_autograd
 from saccade.triton_dispatch import served_by_triton
@@ -24,7 +23,7 @@ _kept: dict[Any, tuple[Tensor, Tensor]] = {}
 _MOST_KEPT = 256
 
 # Sizes of the spatial_shape tensors that were kept: formatting back need not ask the device for them.
-_host_sizes = WeakTensorKeyDictionary()
+_host_sizes = weak_tensor_keys()
 
 
 def feature_maps_format(feature_maps: Any, inverse: bool = False) -> Any:
@@ -119,7 +118,8 @@ def index_tensors(cameras: _Cameras, rows: Tensor, by_level: bool = False) -> tu
     tensors = _kept.pop(key, None)
     if tensors is None or any(map(may_have_been_written_to, tensors)):  # none yet, or somebody wrote to them
         tensors = _make_index_tensors(cameras, rows.device, by_level)
-        _host_sizes[tensors[0]] = cameras
+        if _host_sizes is not None:
+            _host_sizes[tensors[0]] = cameras
         if len(_kept) == _MOST_KEPT:
             del _kept[next(iter(_kept))]
     _kept[key] = tensors  # last in line to be dropped
@@ -148,13 +148,11 @@ def _to_maps(triple: Any) -> list[list[Tensor]]:
     require_integer("feature_maps[1]", spatial_shape)
     _, pixels, _ = require_shape("feature_maps[0]", rows, "B S C")
     require_shape("feature_maps[1]", spatial_shape, "N L 2")
-    known = (
-        not torch.compiler.is_compiling()
-        and spatial_shape in _host_sizes
-        and not may_have_been_written_to(spatial_shape)
-    )
-    if known:
-        cameras = [sizes for number, sizes in _host_sizes[spatial_shape] for _ in range(number)]
+    known = None
+    if _host_sizes is not None and not torch.compiler.is_compiling() and not may_have_been_written_to(spatial_shape):
+        known = _host_sizes.get(spatial_shape)
+    if known is not None:
+        cameras = [sizes for number, sizes in known for _ in range(number)]
     else:
         cameras = [tuple((height, width) for height, width in sizes) for sizes in spatial_shape.tolist()]
     total = sum(height * width for sizes in cameras for height, width in sizes)

@@ -7,7 +7,8 @@ group of names makes fast, or possible, is a `FastPath`. Where one of its names 
 
 import copy
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad, profiler
-from torch.overrides import has_torch_function_unary
 
 from saccade.triton_dispatch import triton_is_installed
+
+_MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,14 @@ class FastPath:
 
     def missing(self) -> list[str]:
         """Those of the names that are not there, dotted."""
-        return [name.replace(":", ".") for name in self.needs if _found(name) is None]
+        return [name.replace(":", ".") for name in self.needs if _found(name, _MISSING) is _MISSING]
 
 
-def _found(name: str) -> Any:
+def _found(name: str, otherwise: Any = None) -> Any:
     try:
         return pkgutil.resolve_name(name)
     except (ImportError, AttributeError):
-        return None
+        return otherwise
 
 
 GRADIENT_KEY = FastPath(
@@ -53,12 +55,21 @@ GRADIENT_KEY = FastPath(
 )
 VERSION_KEY = FastPath(
     "versions counted at the ADInplaceOrView key",
-    ("torch._C:_AutoDispatchBelowADInplaceOrView", "torch._C:_after_ADInplaceOrView_keyset"),
+    (
+        "torch._C:_AutoDispatchBelowADInplaceOrView",
+        "torch._C:_after_ADInplaceOrView_keyset",
+        "torch._ops:OpOverload.redispatch",
+    ),
     "what an operator writes in place has its version counted where it is written, which a trace does not see",
 )
 DISPATCH_BYPASS = FastPath(
     "dispatch bypass",
     (
+        "torch._C:DispatchKey.CUDA",
+        "torch._C:DispatchKey.ADInplaceOrView",
+        "torch._C:DispatchKey.AutogradCUDA",
+        "torch._C:DispatchKey.AutocastCUDA",
+        "torch._C:DispatchKey.BackendSelect",
         "torch._C:DispatchKey.AutogradFunctionality",
         "torch._C:DispatchKeySet.raw_repr",
         "torch._C:_dispatch_keys",
@@ -67,6 +78,7 @@ DISPATCH_BYPASS = FastPath(
         "torch._C:_is_torch_function_mode_enabled",
         "torch.autograd.forward_ad:_current_level",
         "torch.autograd.profiler:_is_profiler_enabled",
+        "torch.overrides:has_torch_function_unary",
     ),
     "every call goes through PyTorch's dispatcher, and is checked and prepared anew",
 )
@@ -82,7 +94,7 @@ RAGGED_KERNELS = FastPath(
 )
 KEPT_SIZES = FastPath(
     "kept sizes of feature maps",
-    ("torch:Tensor._version",),
+    ("torch:Tensor._version", "torch.utils.weak:WeakTensorKeyDictionary"),
     "index tensors of feature maps are made in each call, and formatting back reads sizes from the device",
 )
 TREE_NODES = FastPath(
@@ -94,6 +106,16 @@ TREE_NODES = FastPath(
     ),
     "torch.compile, torch.export and torch.func do not see into ragged batches that a function takes or gives, and "
     "move_ragged_inputs moves those alone that are arguments themselves",
+)
+FUNCTIONAL_TENSORS = FastPath(
+    "functional tensors told apart",
+    ("torch:_is_functional_tensor",),
+    "they are known by their address, which is 0, but for empty ones",
+)
+GPU_QUERIES = FastPath(
+    "queries of the current GPU and stream",
+    ("torch._C:_cuda_getDevice", "torch._C:_cuda_isCurrentStreamCapturing", "torch._C:_cuda_getCurrentRawStream"),
+    "torch.cuda is asked, which takes longer",
 )
 COLLATING = FastPath(
     "ragged batches in default_collate",
@@ -120,24 +142,37 @@ FAST_PATHS = (
     KEPT_SIZES,
     TREE_NODES,
     COLLATING,
+    FUNCTIONAL_TENSORS,
+    GPU_QUERIES,
     LAUNCH_CACHE,
     DEPENDENT_LAUNCH,
 )
 
 
 def fast_paths_off() -> Iterator[tuple[FastPath, str]]:
-    """Fast paths that cannot be taken here, and why; of those that need Triton only where it is installed."""
+    """Fast paths that cannot be taken here, and why; of those that need Triton or a GPU only where there is one."""
+    has_gpu = torch.cuda.is_available()
     for path in FAST_PATHS:
         package = path.needs[0].partition(":")[0].partition(".")[0]
-        if package == "triton" and not triton_is_installed():
+        if (package == "triton" and not triton_is_installed()) or (path is GPU_QUERIES and not has_gpu):
             continue
         missing = path.missing()
-        if missing:
-            yield path, f"{package} has no {' and no '.join(missing)}"
-        elif path is KNOWN_CALLS and tensor_guards() is None:
-            yield path, f"{' '.join(path.needs).replace(':', '.')} has another form than the one known here"
-        elif path is LAUNCH_CACHE and unknown_launchers:
-            yield path, f"{' and '.join(sorted(unknown_launchers))} of triton has another form than those known here"
+        why = f"{package} has no {' and no '.join(missing)}" if missing else None
+        if path is DISPATCH_BYPASS and not missing:
+            if not nothing_watches():
+                why = (
+                    "something traces, transforms, profiles or overrides calls, or keys of threads have other meanings"
+                )
+            elif has_gpu and not are_ordinary_on_gpu([torch.empty(1, device="cuda")]):
+                why = "an ordinary tensor on a GPU has other dispatch keys than those known here"
+        elif path is KNOWN_CALLS and not missing and tensor_guards() is None:
+            why = f"{path.needs[0].replace(':', '.')} has another form than the one known here"
+        elif path is LAUNCH_CACHE and torch.version.hip and has_gpu:
+            why = "Triton tells more kinds of arguments apart for AMD's GPUs"
+        elif path is LAUNCH_CACHE and not missing and unknown_launchers:
+            why = f"{' and '.join(sorted(unknown_launchers))} of triton has another form than those known here"
+        if why is not None:
+            yield path, why
 
 
 # ---- registration
@@ -188,9 +223,7 @@ def _nothing_watches() -> bool:
 def _are_ordinary_on_gpu(tensors: Iterable[Tensor | None]) -> bool:
     for tensor in tensors:
         # A subclass that overrides calls has a key for it, or a __torch_function__ of its own.
-        if tensor is not None and (
-            _keys_of(tensor).raw_repr() != ORDINARY_GPU_KEYS or has_torch_function_unary(tensor)
-        ):
+        if tensor is not None and (_keys_of(tensor).raw_repr() != ORDINARY_GPU_KEYS or _overrides_calls(tensor)):
             return False
     return True
 
@@ -204,6 +237,7 @@ if DISPATCH_BYPASS.is_on():
     _NO_MODE = _raw_keys("BackendSelect", "ADInplaceOrView")
     _RECORDING = torch._C.DispatchKey.AutogradFunctionality
     _keys_of = torch._C._dispatch_keys
+    _overrides_calls = torch.overrides.has_torch_function_unary
     _included_keys = torch._C._dispatch_tls_local_include_set
     _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 
@@ -239,7 +273,7 @@ def tensor_guards() -> Any:
     try:
         of_two = guards(torch.empty(2, device="cpu"), dynamic_dims_sizes=[[2]], dynamic_dims_strides=[[1]])
         tells_apart = of_two.check(torch.ones(2, device="cpu")) and not of_two.check(torch.ones(3, device="cpu"))
-    except (AttributeError, TypeError):
+    except Exception:  # whatever another form may raise
         return None
     return guards if tells_apart else None
 
@@ -252,6 +286,20 @@ def tangents_may_go_along() -> bool:
 def may_have_been_written_to(tensor: Tensor) -> bool:
     """Whether a tensor was written to since it was made, or that cannot be known."""
     return getattr(tensor, "_version", 1) != 0
+
+
+def weak_tensor_keys() -> Any:
+    """A dictionary with tensors for keys, which it does not keep alive; ``None`` if PyTorch has none."""
+    make = _found(KEPT_SIZES.needs[1])
+    return None if make is None else make()
+
+
+def _has_no_address(tensor: Tensor) -> bool:
+    return tensor.data_ptr() == 0 and tensor.numel() != 0 and tensor.device.type != "meta"
+
+
+is_functional: Callable[[Tensor], bool] = _found(*FUNCTIONAL_TENSORS.needs) or _has_no_address
+"""Whether a tensor stands for another one while in-place operators are replaced by others, as compilers do."""
 
 
 # ---- trees and samples
@@ -278,15 +326,16 @@ def register_tree_node(
     def flatten_with_keys(value: Any) -> tuple[list[Any], tuple[int, ...]]:
         return [(_pytree.GetAttrKey(name), leaf) for name, leaf in leaves(value).items()], rest(value)
 
-    _pytree.register_pytree_node(
-        cls,
-        lambda value: ([*leaves(value).values()], rest(value)),
-        put_together,
-        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
-        flatten_with_keys_fn=flatten_with_keys,
-        to_dumpable_context=list,
-        from_dumpable_context=tuple,
-    )
+    with suppress(TypeError):  # of options that have gone
+        _pytree.register_pytree_node(
+            cls,
+            lambda value: ([*leaves(value).values()], rest(value)),
+            put_together,
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+            flatten_with_keys_fn=flatten_with_keys,
+            to_dumpable_context=list,
+            from_dumpable_context=tuple,
+        )
 
 
 def map_of_arguments(function: Callable[[Any], Any], args: Any, kwargs: Any, is_leaf: Callable[[Any], bool]) -> Any:
@@ -300,23 +349,21 @@ def map_of_arguments(function: Callable[[Any], Any], args: Any, kwargs: Any, is_
 def register_collation(cls: type, put_together: Callable[..., Any]) -> None:
     """Have ``default_collate`` put samples of a class together, where it can be told to."""
     functions = _found(*COLLATING.needs)
-    if functions is not None:
+    if isinstance(functions, MutableMapping):
         functions[cls] = put_together
 
 
 # ---- the current GPU and its stream: public functions ask the same, and whether CUDA is initialized, in Python
 
-current_gpu: Callable[[], int] = _found("torch._C:_cuda_getDevice") or torch.cuda.current_device
-is_capturing: Callable[[], bool] = (
-    _found("torch._C:_cuda_isCurrentStreamCapturing") or torch.cuda.is_current_stream_capturing
-)
+current_gpu: Callable[[], int] = _found(GPU_QUERIES.needs[0]) or torch.cuda.current_device
+is_capturing: Callable[[], bool] = _found(GPU_QUERIES.needs[1]) or torch.cuda.is_current_stream_capturing
 
 
 def _current_stream(device: int) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-current_stream: Callable[[int], int] = _found("torch._C:_cuda_getCurrentRawStream") or _current_stream
+current_stream: Callable[[int], int] = _found(GPU_QUERIES.needs[2]) or _current_stream
 """The current stream of a GPU, as a number."""
 
 
@@ -345,58 +392,67 @@ def launch_watch() -> Callable[[], bool]:
     return launches_are_watched
 
 
-def direct_launch(kernel: Any, values: Sequence[Any], constants: tuple[Any, ...]) -> Launch | None:
+def direct_launch(kernel: Any, function: Any, values: Sequence[Any], given: int, constants: dict) -> Launch | None:
     """A launch of a compiled kernel past what Triton does in Python: a fifth of the time.
 
     Triton's launchers are functions in C that take what Python gives them, some without counting it. So theirs is asked
-    what it would give for a launch, and nothing but one of the two forms that are known here is ever given instead.
+    what it would give for a launch of no programs, and nothing but one of the two forms that are known here is ever
+    given instead.
 
     Args:
         kernel: As Triton's launch returns it.
+        function: Decorated with ``triton.jit``.
         values: Of the arguments that are not compiled in, for one launch.
-        constants: Of those that are.
+        given: The number of these.
+        constants: Arguments by name.
 
     Returns:
-        The launch, or ``None`` for a kernel of another form.
+        The launch, or ``None`` for a kernel of another form, and for one that Triton has to make room for.
     """
+    if type(getattr(kernel, "run", None)).__qualname__ in unknown_launchers:
+        return None
     try:
         run = kernel.run
-        takes_scratch = run.global_scratch_size or run.profile_scratch_size
-        function, common = kernel.function, (run.launch_cooperative_grid, run.launch_pdl)
+        if run.global_scratch_size or run.profile_scratch_size:
+            return None
+        arguments = [*values]
+        for parameter in function.params[given:]:
+            arguments.append(constants.get(parameter.name, parameter.default))
+        compiled_in = tuple(arguments[len(values) :])
+        common = kernel.function, run.launch_cooperative_grid, run.launch_pdl
         metadata = kernel.packed_metadata, None, None, None  # neither launch metadata nor hooks
-        given: list[tuple[Any, ...]] = []
         asked = copy.copy(run)  # the launcher itself may be launching in another thread
-        asked.launch = lambda *arguments: given.append(arguments)
-        grid_and_stream = 1, 1, 1, 0
-        if not takes_scratch:
-            asked(*grid_and_stream, function, *metadata, *values, *constants)
-    except (AttributeError, TypeError):
-        unknown_launchers.add(type(kernel).__qualname__)
-        return None
-    launch = run.launch
-    if takes_scratch:  # Triton makes room for it
-        before, apart = (function, *metadata), True
-        launch = run
-    elif given == [(*grid_and_stream, function, *common, None, None, *metadata, *values, *constants)]:
-        before, apart = (function, *common, None, None, *metadata), True  # Triton 3.5 and 3.6
-    else:
-        before = function, *common, *metadata, None, None, *_annotations(run)
-        apart = False  # Triton 3.7 to 3.9 at least
-        if given != [(*grid_and_stream, *before, (*values, *constants))]:
+        seen: list[tuple[Any, ...]] = []
+        asked.launch = lambda *parts: seen.append(parts)
+        grid_and_stream = 0, 1, 1, 0
+        asked(*grid_and_stream, kernel.function, *metadata, *arguments)
+        apart = *common, None, None, *metadata  # of Triton 3.5 and 3.6
+        together = *common, *metadata, None, None, *_annotations(run)  # of Triton 3.7 to 3.9
+        is_apart = seen == [(*grid_and_stream, *apart, *arguments)]
+        if not is_apart and seen != [(*grid_and_stream, *together, tuple(arguments))]:
             unknown_launchers.add(type(run).__qualname__)
             return None
+    except Exception:  # whatever another form may raise
+        unknown_launchers.add(type(getattr(kernel, "run", None)).__qualname__)
+        return None
+    launch, before = run.launch, apart if is_apart else together
 
     def with_arguments_apart(grid: tuple[int, int, int], device: int, values: Sequence[Any]) -> None:
-        launch(*grid, current_stream(device), *before, *values, *constants)
+        launch(*grid, current_stream(device), *before, *values, *compiled_in)
 
     def with_arguments_together(grid: tuple[int, int, int], device: int, values: Sequence[Any]) -> None:
-        launch(*grid, current_stream(device), *before, (*values, *constants))
+        launch(*grid, current_stream(device), *before, (*values, *compiled_in))
 
-    return with_arguments_apart if apart else with_arguments_together
+    return with_arguments_apart if is_apart else with_arguments_together
 
 
 def _annotations(run: Any) -> tuple[Any, ...]:
     return getattr(run, "arg_annotations", None), getattr(run, "kernel_signature", None)
+
+
+def fusion_by_default() -> bool:
+    """Whether a product and a sum may be one instruction where a launch does not say, as the user's environment does."""
+    return bool(_found("triton:knobs.language.default_fp_fusion", True))
 
 
 def dependent_launch_wait() -> Any:

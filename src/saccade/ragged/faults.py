@@ -16,10 +16,10 @@ def values_may_be_read(tensor: Tensor) -> bool:
 
     Never where there are none to look at: within a trace, a transform or the recording of a CUDA graph.
     """
-    if torch.compiler.is_compiling() or not is_ordinary(tensor):
+    if torch.compiler.is_compiling() or (tensor.is_cuda and not debug_checks_enabled()) or not is_ordinary(tensor):
         return False
     if tensor.is_cuda:
-        return debug_checks_enabled() and not torch.cuda.is_current_stream_capturing()
+        return not torch.cuda.is_current_stream_capturing()
     return tensor.device.type == "cpu"
 
 
