@@ -451,7 +451,7 @@ def _annotations(run: Any) -> tuple[Any, ...]:
 
 
 def fusion_by_default() -> bool:
-    """Whether a product and a sum may be one instruction where a launch does not say, as the user's environment does."""
+    """Whether a product and a sum may be one instruction where a launch leaves it open, as the environment says."""
     return bool(_found("triton:knobs.language.default_fp_fusion", True))
 
 
