@@ -101,10 +101,17 @@ FUNCTIONS = {
     "apply_mask_to_tensor": lambda data, index: ragged.apply_mask_to_tensor(data[:, :2], index.mask, 3),
     "squeeze_except_batch_and_sample": lambda data, index: ragged.squeeze_except_batch_and_sample(data[..., None]),
     "combine_data": lambda data, index: combine_data([data[0], data[1, :1]]).tensor,
-    "apply": lambda data, index: RaggedBatch(data[:, :2], index.mask).apply(lambda t, mask: t * mask[..., None]).tensor,
+    "apply": lambda data, index: RaggedBatch(data[:, :2], index.mask).apply(times_mask).tensor,
+    "apply-nested": lambda data, index: (
+        RaggedBatch(data[:, :2], index.mask).apply(lambda t, m: times_mask(t, m)).tensor
+    ),
     "set_padded_to": lambda data, index: fill(RaggedBatch(data[:, :2] * 2, index.mask)),
     "batch_dims": lambda data, index: batch_dims(RaggedBatch(data[:, :2], index.mask)),
 }
+
+
+def times_mask(tensor: Tensor, mask: Tensor) -> Tensor:
+    return tensor * mask[..., None]
 
 
 def fill(batch: RaggedBatch) -> Tensor:
@@ -121,6 +128,8 @@ def batch_dims(batch: RaggedBatch) -> Tensor:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compiled_functions(device, name):
     """With their gradients, and for other sizes without being compiled for each."""
+    if name == "apply-nested" and torch.__version__.startswith("2.9."):
+        pytest.skip("torch.compile in PyTorch 2.9 does not tell the parameters of a function that it makes")
     function = FUNCTIONS[name]
     run = compiled(function)
     for batch_of_rows in 2, 3, 4:

@@ -216,9 +216,9 @@ def _case(name: str, call: Callable, oracle: Callable, make: Callable, *numbers:
 
 def _case_of_targets(name: str, classes: int | None = None, *numbers: float, **made: Any) -> Case:
     size = made.get("height", 7), made.get("width", 9)
+    options = dict(zip(("diameter_to_sigma_factor", "k_scale"), numbers, strict=False))
 
     def call(centers: Tensor, radii: Tensor, counts: Tensor, labels: Tensor | None) -> Tensor:
-        options = dict(zip(("diameter_to_sigma_factor", "k_scale"), numbers, strict=False))
         return saccade.heatmap_targets(
             centers, radii, size, labels=labels, num_classes=classes, counts=counts, **options
         )

@@ -97,6 +97,11 @@ KEPT_SIZES = FastPath(
     ("torch:Tensor._version", "torch.utils.weak:WeakTensorKeyDictionary"),
     "index tensors of feature maps are made in each call, and formatting back reads sizes from the device",
 )
+PROMISES = FastPath(
+    "promises to torch.compile",
+    ("torch:_check",),
+    "PyTorch 2.9 does not compile in one graph what cuts ragged batches to a width that the data decide on",
+)
 TREE_NODES = FastPath(
     "ragged batches in PyTorch's trees",
     (
@@ -140,6 +145,7 @@ FAST_PATHS = (
     KNOWN_CALLS,
     RAGGED_KERNELS,
     KEPT_SIZES,
+    PROMISES,
     TREE_NODES,
     COLLATING,
     FUNCTIONAL_TENSORS,
@@ -300,6 +306,14 @@ def _has_no_address(tensor: Tensor) -> bool:
 
 is_functional: Callable[[Tensor], bool] = _found(*FUNCTIONAL_TENSORS.needs) or _has_no_address
 """Whether a tensor stands for another one while in-place operators are replaced by others, as compilers do."""
+
+
+def _no_promise(condition: Any) -> None:
+    """What is promised is true, too, if nobody hears of it."""
+
+
+promise: Callable[[Any], None] = _found(*PROMISES.needs) or _no_promise
+"""Tells a compiler what is true of sizes that the data decide on: PyTorch 2.9 asks for it before it cuts to one."""
 
 
 # ---- trees and samples

@@ -454,7 +454,8 @@ class RaggedBatch(_Parts):
                 positional parameters. Those of a plain function count even if they have a default; those of methods,
                 modules and other callable objects count if they have none. What has no signature, as many functions of
                 PyTorch, gets the tensor. It returns a tensor or a tuple of tensors, each with the batch dimensions and
-                the width of this batch.
+                the width of this batch. For ``torch.compile`` of PyTorch 2.9 it must be made outside of what is
+                compiled; later versions also take one that is made there.
 
         Returns:
             A batch, or a tuple of batches.

@@ -170,8 +170,10 @@ def first_selected(
     """
     sizes = selected.sum(-1)
     width = int(sizes.max()) if sizes.numel() else 0
-    index = selected.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
-    return index, sizes, torch.arange(width, device=sizes.device) < sizes[:, None]
+    place = torch.arange(width, device=sizes.device)
+    order = selected.byte().argsort(dim=1, descending=True, stable=True)
+    # Not order[:, :width]: torch.compile in PyTorch 2.9 cannot cut to a width that it does not know.
+    return order.index_select(1, place), sizes, place < sizes[:, None]
 
 
 def kept_entries(

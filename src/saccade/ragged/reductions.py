@@ -87,7 +87,9 @@ def apply_mask_to_tensor(data: Tensor, mask: Tensor, value_to_set: float = 0.0) 
     require_tensor("mask", mask)
     if mask.numel() == 0:
         return data.clone()
-    if mask.dim() > data.dim() or any(m not in (1, d) for m, d in zip(mask.shape, data.shape, strict=False)):
+    leading = data.shape[: mask.dim()]
+    # A list, since torch.compile in PyTorch 2.9 does not look into any(...).
+    if len(leading) < mask.dim() or [m for m, d in zip(mask.shape, leading, strict=True) if m not in (1, d)]:
         raise InvalidStateError(
             f"mask: expected the leading dimensions of data, of shape {tuple(data.shape)}, got {tuple(mask.shape)}"
         )

@@ -81,7 +81,8 @@ def gather_entries(
     """
     sample = torch.arange(index.shape[0], device=index.device)[:, None]
     data = _never_empty(data)
-    if data.is_floating_point():  # PyTorch indexes 8-bit floats, and as such they keep their gradients
+    # As 8-bit floats they keep their gradients, and on the CPU PyTorch indexes them from 2.10 on.
+    if data.is_floating_point() and (data.requires_grad or data.dtype not in _MOVED_AS):
         return data[sample, index]
     return moved(movable(data)[sample, index], data.dtype)
 
