@@ -29,11 +29,12 @@ test-torch: $(VENV)-torch-$(TORCH)/ready  ## all tests with another PyTorch: `ma
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests -m interpreted
 
-# Tests that fill the memory of a GPU are a group, which one of the processes runs.
+# Tests that fill the memory of a GPU first and one after the other, then all others beside each other.
 test-gpu: $(if $(filter $(BIN)/python,$(WITH)),$(VENV)/ready)  ## all tests that a GPU can run; fails where there is none
 	$(WITH) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch finds no GPU")'
-	OMP_NUM_THREADS=1 PYTHONPATH=src $(WITH) -m pytest --numprocesses logical --maxprocesses 16 --dist loadgroup \
-		--durations=10
+	OMP_NUM_THREADS=1 PYTHONPATH=src $(WITH) -m pytest --durations=10 -m gpu_memory
+	OMP_NUM_THREADS=1 PYTHONPATH=src $(WITH) -m pytest --durations=10 -m "not gpu_memory" \
+		--numprocesses logical --maxprocesses 16 --dist worksteal
 
 check: $(VENV)/ready  ## lint, format, types
 	$(BIN)/ruff check .

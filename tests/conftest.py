@@ -30,13 +30,6 @@ def device(request: pytest.FixtureRequest) -> str:
 collect_ignore = ["driver"]  # a program, which is run by a test
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that fill a GPU's memory run one after the other, in one of the processes of `pytest --dist loadgroup`."""
-    for item in items:
-        if item.get_closest_marker("gpu_memory"):
-            item.add_marker(pytest.mark.xdist_group("gpu_memory"))
-
-
 @pytest.fixture(autouse=True)
 def room_on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     """The memory that a test's mark says it needs; what tests leave in the allocator's cache is given back."""

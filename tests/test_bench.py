@@ -950,7 +950,7 @@ def test_help_tells_every_option():
         assert option in text
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes times on a GPU")
+@pytest.mark.gpu_memory(40)
 def test_a_quick_run_on_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(aggregation, "WORKLOADS", [("det-b1", torch.float32)])
     monkeypatch.setattr(aggregation, "MAPS_WORKLOAD", "det-b1")
@@ -968,7 +968,7 @@ def test_a_quick_run_on_a_gpu(monkeypatch, tmp_path):
             assert record["peak_mb"] > 0.99 * record["needed_mb"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes times on a GPU")
+@pytest.mark.gpu_memory(40)
 def test_the_benchmark_programs_of_accvlab_on_a_gpu():
     records = run.run("heatmap", Console(quiet=True), quick=True, protocol="accvlab")
     assert len(records) == 6
