@@ -22,6 +22,8 @@ import torch.autograd.forward_ad
 UNTOUCHED = ""
 """In place of a name: nothing is deleted."""
 AT_ONCE = 2
+NEEDED_BY_PYTORCH = ("_cuda_", "redispatch", "WeakTensorKeyDictionary")
+"""In its own code, some of which is imported late."""
 
 
 class Gone:
@@ -35,7 +37,7 @@ class Gone:
 def delete(name: str) -> None:
     """Delete what `pkgutil.resolve_name` finds under a name; hide it from that where PyTorch and Triton need it."""
     module, _, attributes = name.partition(":")
-    if module.startswith("triton") or "_cuda_" in name or "redispatch" in name:
+    if module.startswith("triton") or any(part in name for part in NEEDED_BY_PYTORCH):
         resolve = pkgutil.resolve_name
 
         def resolve_others(wanted: str) -> object:
