@@ -130,7 +130,7 @@ COLLATING = FastPath(
 LAUNCH_CACHE = FastPath(
     "launch cache",
     ("triton:knobs.runtime.launch_enter_hook", "triton:knobs.runtime.launch_exit_hook"),
-    "kernels are launched as Triton launches them, which takes the host several times as long",
+    "kernels are launched as Triton launches them, which takes the host longer",
 )
 DEPENDENT_LAUNCH = FastPath(
     "programmatic dependent launch",
@@ -407,7 +407,7 @@ def launch_watch() -> Callable[[], bool]:
 
 
 def direct_launch(kernel: Any, function: Any, values: Sequence[Any], given: int, constants: dict) -> Launch | None:
-    """A launch of a compiled kernel past what Triton does in Python: a fifth of the time.
+    """A launch of a compiled kernel past what Triton does in Python.
 
     Triton's launchers are functions in C that take what Python gives them, some without counting it. So theirs is asked
     what it would give for a launch of no programs, and nothing but one of the two forms that are known here is ever
