@@ -67,7 +67,9 @@ def _on_rows(name: str, dtype: torch.dtype, quick: bool, say: Say) -> Iterator[d
             return call(features, location, weights)
 
     def backward() -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.saccade.deformable_aggregation_backward(grad_output, *inputs, [True] * 3)
+        grads = torch.ops.saccade.deformable_aggregation_backward(grad_output, [features], *inputs[1:], [True] * 3)
+        grad_location, grad_weights, (grad_features,) = grads
+        return grad_features, grad_location, grad_weights
 
     def both() -> Tensor:
         return forward_backward(call, leaves, grad_output)
@@ -90,7 +92,7 @@ def _on_rows(name: str, dtype: torch.dtype, quick: bool, say: Say) -> Iterator[d
         return new_record(workload, kind, clock, saccade_us, **common, **more)
 
     compare = dtype == torch.float32 and not quick  # grid_sample wants features of the dtype of the locations
-    maps = _channels_last(inputs) if compare else []
+    maps = channels_last(inputs) if compare else []
     recorded: Mapping[str, float] = RECORDED_US.get(name, {}) if dtype == torch.float32 else {}
 
     def original(kind: str) -> dict[str, float]:
@@ -128,7 +130,7 @@ def _on_maps(name: str, say: Say) -> Iterator[dict[str, Any]]:
     workload = f"aggregation-maps/{name}"
     say(f"{workload}: checking")
     inputs = aggregation(**AGGREGATION[name])
-    leaves = as_leaves(inputs.sampling_location, inputs.weights, *_channels_last(inputs))
+    leaves = as_leaves(inputs.sampling_location, inputs.weights, *channels_last(inputs))
 
     def call(location: Tensor, weights: Tensor, *maps: Tensor) -> Tensor:
         return saccade.deformable_aggregation(list(maps), None, None, location, weights)
@@ -146,7 +148,7 @@ def _on_maps(name: str, say: Say) -> Iterator[dict[str, Any]]:
     grad_location, grad_weights, *grad_maps = (leaf.grad for leaf in leaves)
     results = {
         "forward": [output, None, None, None],
-        "forward+backward": [trained, _plain_rows(grad_maps), grad_location, grad_weights],
+        "forward+backward": [trained, plain_rows(grad_maps), grad_location, grad_weights],
     }
     errors = relative_errors(inputs, grad_output, results)
     del output, trained, results, grad_maps
@@ -167,7 +169,7 @@ def _formatting(name: str, quick: bool, say: Say) -> Iterator[dict[str, Any]]:
     workload = f"feature_maps_format/{name}"
     say(f"{workload}: checking")
     features, shape, start, *_ = inputs = aggregation(**AGGREGATION[name])
-    maps = [level.contiguous() for level in _channels_last(inputs)]
+    maps = [level.contiguous() for level in channels_last(inputs)]
     rows, *indices = saccade.feature_maps_format(maps)
     error = ((rows.double() - features).norm() / features.double().norm()).item()
     require_accurate(workload, "float32", {"forward": error})
@@ -175,7 +177,7 @@ def _formatting(name: str, quick: bool, say: Say) -> Iterator[dict[str, Any]]:
         raise WrongResultError(f"{workload} is not timed: spatial_shape or scale_start_index is wrong")
     say(f"{workload}: timing forward")
     floor_us = 2 * size_of(features) / COPY_BYTES_PER_US
-    baselines = {} if quick else {"cat of permuted maps": device_us(lambda: _plain_rows(maps))}
+    baselines = {} if quick else {"cat of permuted maps": device_us(lambda: plain_rows(maps))}
     saccade_us = device_us(lambda: saccade.feature_maps_format(maps))
     yield new_record(workload, "forward", "device", saccade_us, floor_us=floor_us, error=error, baselines=baselines)
 
@@ -183,7 +185,7 @@ def _formatting(name: str, quick: bool, say: Say) -> Iterator[dict[str, Any]]:
 # ---- what is timed beside the operator
 
 
-def _channels_last(inputs: AggregationInputs) -> list[Tensor]:
+def channels_last(inputs: AggregationInputs) -> list[Tensor]:
     """L maps (B, N, C, H, W), the channels of a pixel side by side: the pixels of the rows, as they lie there."""
     cameras = inputs.spatial_shape.shape[0]
     sizes = inputs.spatial_shape[0].tolist()
@@ -192,7 +194,7 @@ def _channels_last(inputs: AggregationInputs) -> list[Tensor]:
     return [level.unflatten(2, size).contiguous().permute(0, 1, 4, 2, 3) for size, level in levels]
 
 
-def _plain_rows(maps: Sequence[Tensor]) -> Tensor:
+def plain_rows(maps: Sequence[Tensor]) -> Tensor:
     """What ``feature_maps_format`` does, in PyTorch."""
     return torch.cat([level.permute(0, 1, 3, 4, 2).flatten(2, 3) for level in maps], 2).flatten(1, 2)
 

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +21,35 @@ def device_us(call: Callable[[], object], inner: int = 20, repeats: int = 10) ->
     return workloads.device_us(call, inner, repeats)
 
 
-def wall_us_in_turns(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+def wall_us_in_turns(
+    calls: Mapping[str, Callable[[], object]], without_grad: Collection[str] = (), repeats: int = 5
+) -> dict[str, float]:
     """Best wall time of each call, microseconds, for calls that the host takes longer for than the GPU.
 
     A host takes up to twice as long for a while, now and then: they take turns, so that no call alone meets with that.
+
+    Args:
+        calls: By name.
+        without_grad: Names of those that run under ``torch.no_grad()``, which is entered before the clock starts.
+        repeats: How often each is timed in a turn.
     """
     best = dict.fromkeys(calls, math.inf)
     for _ in range(_ROUNDS):
         for name, call in calls.items():
-            best[name] = min(best[name], wall_us(call))
+            with torch.no_grad() if name in without_grad else nullcontext():
+                best[name] = min(best[name], wall_us(call, repeats=repeats))
     return best
 
 
 def bce_us() -> float:
-    """Wall time of a step of torch's binary cross entropy on 7200 x 10 logits, microseconds.
+    """Wall time of ``bce_step``, microseconds."""
+    return wall_us(bce_step())
 
-    The unit that wall times are compared in: hosts differ by half.
+
+def bce_step() -> Callable[[], None]:
+    """A step of torch's binary cross entropy on 7200 x 10 logits.
+
+    Its wall time is the unit that wall times are compared in, H in tables: hosts differ by half.
     """
     logits = torch.zeros(7200, 10, device="cuda", requires_grad=True)
     target = torch.zeros_like(logits, requires_grad=False)
@@ -44,7 +58,7 @@ def bce_us() -> float:
         logits.grad = None
         F.binary_cross_entropy_with_logits(logits, target).backward()
 
-    return wall_us(step)
+    return step
 
 
 def _keep_busy() -> None:

@@ -17,7 +17,7 @@ from benchmarks.records import COPY_BYTES_PER_US, IsWanted, Say, new_record
 from benchmarks.training_step import as_leaves, forget, forward_backward, memory_of, size_of
 from benchmarks.workloads import FOCAL, GAUSSIAN_FOCAL, focal, wall_us
 from benchmarks.workloads import gaussian_focal as gaussian_focal_inputs
-from saccade.loss_reduction import AVG_FACTOR_EPS
+from saccade.losses.reduction import AVG_FACTOR_EPS
 from saccade.nn import FocalLoss
 
 SIGMOID_WORKLOADS = [*((name, torch.float32) for name in FOCAL), ("dense-large", torch.bfloat16)]
@@ -152,16 +152,14 @@ def _passes(
 def _module(workload: str, quick: bool, say: Say) -> Iterator[dict[str, Any]]:
     """A step of training of the module: what calling the loss costs in all."""
     say(f"{workload}: checking")
-    logits, target = focal(*FOCAL[MODULE_WORKLOAD])
+    call, logits, target, scale = module_call()
     (leaf,) = as_leaves(logits)
-    module = FocalLoss()
-    avg_factor = float((target < logits.shape[1]).sum())  # the number of positives, as heads have it
 
     def both() -> Tensor:
-        return forward_backward(lambda pred: module(pred, target, avg_factor=avg_factor), [leaf])
+        return forward_backward(call, [leaf])
 
     results = {"forward+backward": Result(both(), leaf.grad)}
-    errors = checked_errors(workload, sigmoid_focal, 1 / (avg_factor + AVG_FACTOR_EPS), logits, target, results)
+    errors = checked_errors(workload, sigmoid_focal, scale, logits, target, results)
     say(f"{workload}: timing forward + backward")
     memory = memory_of(both, [leaf, target])
     steps = {"saccade": both}
@@ -181,6 +179,27 @@ def _module(workload: str, quick: bool, say: Say) -> Iterator[dict[str, Any]]:
         recorded={"original CUDA kernel": RECORDED_US[workload]["forward+backward"]},
         **memory,
     )
+
+
+class LossCall(NamedTuple):
+    """A loss of one target, and what it is called with."""
+
+    call: Callable[[Tensor], Tensor]  # of the logits
+    logits: Tensor
+    target: Tensor
+    scale: float  # of the sum of the losses of all elements
+
+
+def module_call() -> LossCall:
+    """The module as heads call it: with the number of positives, which is a number of Python."""
+    logits, target = focal(*FOCAL[MODULE_WORKLOAD])
+    avg_factor = float((target < logits.shape[1]).sum())
+    module = FocalLoss()
+
+    def call(logits: Tensor) -> Tensor:
+        return module(logits, target, avg_factor=avg_factor)
+
+    return LossCall(call, logits, target, 1 / (avg_factor + AVG_FACTOR_EPS))
 
 
 def _permuted() -> tuple[Tensor, Tensor]:

@@ -84,14 +84,11 @@ def _indexing(workload: str, quick: bool, say: Say) -> Iterator[dict[str, Any]]:
         forms["indexing"] = lambda data: data[sample, indices.tensor].masked_fill(padding, 0)
         forms["gather"] = lambda data: data.gather(1, columns).masked_fill(padding, 0)
 
-    right, right_grad = (torch.zeros_like(each, dtype=torch.float64) for each in (grad_output, data))
-    for b, index in enumerate(indices.split()):
-        right[b, : len(index)] = data[b, index].double()
-        right_grad[b, index] = grad_output[b, : len(index)].double()
+    right = indexed(data, indices, grad_output)
     errors = {}
     for name, form in forms.items():
         output = forward_backward(form, leaves, grad_output).detach()
-        errors[name] = _relative_error([output, leaves[0].grad], [right, right_grad])
+        errors[name] = relative_error([output, leaves[0].grad], right)
     require_accurate(workload, "float32", errors)
     error = errors["saccade"]
 
@@ -123,6 +120,15 @@ def indexing_inputs(samples: int, most: int, rows: int, channels: int) -> tuple[
     return data.to(DEVICE), indices, grad_output.to(DEVICE)
 
 
+def indexed(data: Tensor, indices: RaggedBatch, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+    """What the indexing gives, and the gradient of the data, float64."""
+    right, right_grad = (torch.zeros_like(each, dtype=torch.float64) for each in (grad_output, data))
+    for b, index in enumerate(indices.split()):
+        right[b, : len(index)] = data[b, index].double()
+        right_grad[b, index] = grad_output[b, : len(index)].double()
+    return right, right_grad
+
+
 # ---- tensors of different lengths to one batch
 
 
@@ -143,7 +149,7 @@ def _combining(workload: str, quick: bool, say: Say) -> Iterator[dict[str, Any]]
     if not quick:
         forms["pad_sequence"] = padded
     right = values.double().masked_fill(~indices.mask[..., None], 0), indices.sample_sizes.double()
-    errors = {name: _relative_error(form(), right) for name, form in forms.items()}
+    errors = {name: relative_error(form(), right) for name, form in forms.items()}
     require_accurate(workload, "float32", errors)
     say(f"{workload}: timing forward")
     yield _record(workload, "forward", "wall", wall_us_in_turns(forms), errors["saccade"])
@@ -226,7 +232,7 @@ def detr_errors(inputs: DetrInputs, forms: Mapping[str, Form]) -> dict[str, floa
         return [forward_backward(form, leaves).detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)]
 
     right = results(exact, inputs.logits.cpu().double(), inputs.boxes.cpu().double())
-    return {name: _relative_error(results(form, inputs.logits, inputs.boxes), right) for name, form in forms.items()}
+    return {name: relative_error(results(form, inputs.logits, inputs.boxes), right) for name, form in forms.items()}
 
 
 def _detr(workload: str, quick: bool, say: Say, with_matching: bool = False) -> Iterator[dict[str, Any]]:
@@ -260,7 +266,7 @@ def _detr_floor_us(inputs: DetrInputs) -> float:
     return (size_of(inputs.logits) + object_bytes + pairs * pair_bytes) / COPY_BYTES_PER_US
 
 
-def _relative_error(results: Sequence[Tensor], rights: Sequence[Tensor]) -> float:
+def relative_error(results: Sequence[Tensor], rights: Sequence[Tensor]) -> float:
     """The largest relative error of some tensors; one of another shape has an infinite one."""
 
     def error(result: Tensor, right: Tensor) -> float:

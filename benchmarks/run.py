@@ -4,8 +4,8 @@ A suite has one or more operators, which ``saccade.doctor`` checks before anythi
 function of ``quick``, ``say`` and ``is_wanted`` that yields a record for each workload and pass: ``workload``,
 ``pass``, ``dtype``, ``clock``, ``saccade_us``, ``floor_us``, ``baselines``, ``recorded`` and ``error``, and more if
 there is more to tell. What is under way it tells ``say``; workloads that are not wanted it leaves out. What is true of
-the whole run is added here, and to each wall time ``bce_us``, which is measured right after it. The training of the
-demo takes minutes and is run by its name alone.
+the whole run is added here, and to each wall time ``bce_us``, measured right after it unless the record has one of its
+own. The training of the demo takes minutes and is run by its name alone.
 """
 
 import importlib
@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import accvlab_protocol, aggregation, clocks, demo, heatmap, losses, ragged, tables
+from benchmarks import accvlab_protocol, aggregation, calls, clocks, demo, heatmap, losses, ragged, tables
 from benchmarks.accuracy import WrongResultError
 from benchmarks.demo import FailedTrainingError as FailedTrainingError
 from saccade import doctor
@@ -30,6 +30,7 @@ SUITES = {
     "losses": {"focal_loss": losses.sigmoid_records, "gaussian_focal_loss": losses.gaussian_records},
     "heatmap": {"gaussian_heatmap": heatmap.records},
     "ragged": {"ragged": ragged.records},
+    "calls": {operator: partial(calls.records, operator) for operator in calls.CALLS},
 }
 PROTOCOLS = {"accvlab": "heatmap"}  # the suite of each
 
@@ -78,7 +79,7 @@ def run(only: str | None, console: Console, quick: bool = False, protocol: str |
         FailedTrainingError: A run of the demo failed, or took too long.
     """
     of_demo = {"demo", *demo.workloads()}
-    of_suites = {*aggregation.workloads(), *losses.workloads(), *heatmap.workloads(), *ragged.workloads()}
+    of_suites = {name for suite in (aggregation, losses, heatmap, ragged, calls) for name in suite.workloads()}
     if only is not None and only not in {*SUITES, *of_suites, *of_demo}:
         suites = ", ".join([*SUITES, "demo"])
         raise UnknownWorkloadError(f"--only: expected one of {suites}, or one of their workloads, got {only!r}")
@@ -140,7 +141,8 @@ def _run_demo(only: str, console: Console, machine: dict[str, str]) -> list[dict
 
 def _with_unit(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for record in records:
-        yield record | ({"bce_us": clocks.bce_us()} if record["clock"] == "wall" else {})
+        has_none = record["clock"] == "wall" and "bce_us" not in record
+        yield record | ({"bce_us": clocks.bce_us()} if has_none else {})
 
 
 def _is_wanted(only: str | None, suite: str, operator: str, workload: str) -> bool:

@@ -3,7 +3,7 @@
 ``mkdocs.yml`` names this file. Where a page says ``<!-- results: aggregation feature_maps_format -->``, the records of
 ``results/h200.json`` whose workloads begin with these names appear, so that no figure in the documentation is typed.
 ``<!-- throughput: demo -->`` is the same for the training on several GPUs, and ``<!-- learnt: demo -->`` for what is
-learnt in some time; these may not be measured yet.
+learnt in some time. What is not measured yet is said to be so.
 """
 
 import json
@@ -19,6 +19,7 @@ RECORDED_ON = "H200"  # where the times that are recorded, not measured, were ta
 CLOCKS = {"device": "Device time, microseconds", "wall": "Wall time, microseconds"}
 THROUGHPUT = "Scenes a second"
 LEARNT = "What is learnt"
+NOT_MEASURED = f"Not measured yet: `{RESULTS.name}` has no such records."
 
 _MARKER = re.compile(r"<!-- (results|throughput|learnt): (.*?) -->")
 
@@ -61,6 +62,7 @@ def columns(records: Sequence[Record]) -> list[Column]:
     for title in ("workload", "dtype", "pass"):
         table += column(title, lambda r, t=title: r[t], str, is_text=True)
     table += column("saccade", lambda r: r["saccade_us"], time_text)
+    table += column("H", lambda r: r["saccade_us"] / r["bce_us"] if "bce_us" in r else None, "{:.2f}".format)
     # Beside wall times it would say nothing: calls alone take longer.
     table += column("floor", lambda r: r["floor_us"] if r["clock"] == "device" else None, time_text)
     table += column(
@@ -143,6 +145,8 @@ def _taken_on(records: Sequence[Record]) -> str:
 
 def markdown(records: Sequence[Record]) -> str:
     """The tables of some records, one for each clock, and what they were taken on."""
+    if not records:
+        return NOT_MEASURED
     parts = []
     for clock, title in CLOCKS.items():
         of_clock = [record for record in records if record["clock"] == clock]
@@ -155,24 +159,18 @@ def training_markdown(records: Sequence[Record], title: str) -> str:
     """One of the tables of the demo's training, and what it was taken on."""
     found = of_training(records)
     if title not in found:
-        return f"Not measured yet: `{RESULTS.name}` has no such records."
+        return NOT_MEASURED
     taken, table = found[title]
     return f"**{title}**, {_taken_on(taken)}.\n\n{_markdown_table(table)}"
 
 
 def with_results(text: str, records: Sequence[Record]) -> str:
-    """A page with the tables in place of its markers.
-
-    Raises:
-        ValueError: There is no record of what a marker of results names.
-    """
+    """A page with the tables in place of its markers."""
 
     def tables(marker: re.Match[str]) -> str:
         named = [record for record in records if record["workload"].split("/")[0] in marker[2].split()]
         if marker[1] != "results":
             return training_markdown(named, THROUGHPUT if marker[1] == "throughput" else LEARNT)
-        if not named:
-            raise ValueError(f"{marker[0]}: {RESULTS.name} has no such record")
         return markdown(named)
 
     return _MARKER.sub(tables, text)

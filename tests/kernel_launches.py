@@ -42,8 +42,8 @@ class Launch:
         given = dict(self.options)
         if target.backend == "hip":
             given.pop("maxnreg", None)  # launchers leave it out where torch is built for AMD's GPUs
-        if "OVERLAP" in given and target.backend == "cuda" and target.arch >= 90:
-            given |= {"OVERLAP": True, "launch_pdl": True}  # as launchers say where the GPU can
+        if "PDL" in given and target.backend == "cuda" and target.arch >= 90:
+            given |= {"PDL": True, "launch_pdl": True}  # as launchers say where the GPU can
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
         bound, specialization, options = bind(*self.arguments, **given)
         # As JITFunction.run does.

@@ -22,6 +22,7 @@ from benchmarks import (
     accvlab_protocol,
     aggregation,
     aggregation_oracle,
+    calls,
     clocks,
     demo,
     detr_loss,
@@ -38,6 +39,7 @@ from benchmarks import records as records_of_runs
 from cases.deformable_aggregation import make, oracle
 from saccade import doctor
 from saccade.cli import app
+from saccade.deformable_aggregation.api import DEFORMABLE_AGGREGATION
 
 ROOT = Path(__file__).parents[1]
 BCE_US = 123.0
@@ -126,10 +128,10 @@ def test_grid_sample_has_the_same_sums_away_from_the_border():
     inputs = (features, shape, start, location.detach() * 0.7 + 0.15, weights)
     inputs = aggregation.AggregationInputs(*(each.detach() for each in inputs))
     inputs.sampling_location.clamp_(1e-3, 1 - 1e-3)
-    maps = aggregation._channels_last(inputs)
+    maps = aggregation.channels_last(inputs)
     result = aggregation._grid_sample(inputs.sampling_location, inputs.weights, *maps)
     torch.testing.assert_close(result, saccade.deformable_aggregation(*inputs))
-    assert torch.equal(aggregation._plain_rows(maps), inputs.feature_maps)
+    assert torch.equal(aggregation.plain_rows(maps), inputs.feature_maps)
 
 
 def exact_loss(element_losses, logits, target) -> tuple[torch.Tensor, torch.Tensor]:
@@ -396,9 +398,14 @@ def clock(monkeypatch) -> Clock:
     monkeypatch.setattr(ragged, "DETR", {"layers": 2, "samples": 3, "queries": 8, "classes": 4, "most": 5})
     monkeypatch.setattr(ragged, "device_us", clock)
     monkeypatch.setattr(ragged, "wall_us", clock)
+    monkeypatch.setattr(calls, "AGGREGATION", {"det-b1": tiny})
+    monkeypatch.setattr(calls, "GAUSSIAN_FOCAL", {"centerpoint": (2, 3, 8, 8)})
+    monkeypatch.setattr(calls, "gaussian_focal", partial(workloads.gaussian_focal, device="cpu"))
+    monkeypatch.setattr(calls, "ENTRIES", ragged.ENTRIES)
     monkeypatch.setattr(clocks, "wall_us", clock)
     monkeypatch.setattr(clocks, "_ROUNDS", 1)
     monkeypatch.setattr(clocks, "bce_us", lambda: BCE_US)
+    monkeypatch.setattr(clocks, "bce_step", lambda: lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -411,10 +418,16 @@ def clock(monkeypatch) -> Clock:
 def test_wall_times_are_taken_in_turns(monkeypatch):
     times = {"saccade": iter([7.0, 5, 9, 8, 6, 6]), "other": iter([3.0, 9, 9, 9, 9, 2])}
     order = []
-    monkeypatch.setattr(clocks, "wall_us", lambda call: next(times[call()]))
+    monkeypatch.setattr(clocks, "wall_us", lambda call, repeats: next(times[call()]))
     calls = {name: partial(lambda name: (order.append(name), name)[1], name) for name in times}
     assert clocks.wall_us_in_turns(calls) == {"saccade": 5, "other": 2}
     assert order == ["saccade", "other"] * 6
+
+
+def test_only_calls_that_are_named_run_without_gradients(monkeypatch):
+    monkeypatch.setattr(clocks, "wall_us", lambda call, repeats: float(call()) + repeats)
+    passes = dict.fromkeys(("forward", "forward+backward"), torch.is_grad_enabled)
+    assert clocks.wall_us_in_turns(passes, without_grad=["forward"], repeats=3) == {"forward": 3, "forward+backward": 4}
 
 
 def test_records_and_tables(clock, tmp_path):
@@ -620,6 +633,88 @@ def test_records_of_ragged_batches(clock, tmp_path):
     }
 
 
+def by_turns(monkeypatch, clock, of_bce: list[float]) -> None:
+    """The next of some times for each turn of the unit; ``clock`` for all else."""
+
+    def step() -> None:
+        raise AssertionError("the clock knows it")
+
+    times = iter(of_bce)
+    monkeypatch.setattr(clocks, "bce_step", lambda: step)
+    monkeypatch.setattr(clocks, "wall_us", lambda call, **_: next(times) if call is step else clock(call))
+
+
+@pytest.mark.parametrize("options", [[], ["--quick"]])
+def test_records_of_calls(options, clock, tmp_path, monkeypatch):
+    by_turns(monkeypatch, clock, [100.0, 125, 160, 200, 250])
+    monkeypatch.setattr(clocks, "bce_us", lambda: pytest.fail("not of these turns"))
+    checked = []
+    monkeypatch.setattr(doctor, "check", lambda operator, _: checked.append(operator))
+    file = tmp_path / "results.json"
+    result = runner.invoke(app, ["bench", "--only", "calls", *options, "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    assert checked == ["focal_loss", "gaussian_focal_loss", "ragged", "deformable_aggregation"]
+    names = ["FocalLoss", "gaussian-centerpoint", "ragged-indexing", "aggregation-det-b1", "aggregation-maps-det-b1"]
+    records = json.loads(file.read_text())
+    assert [(record["workload"], record["pass"], record["bce_us"]) for record in records] == [
+        (f"calls/{name}", kind, bce_us)
+        for name, bce_us in zip(names, [100, 125, 160, 200, 250], strict=True)
+        for kind in ("forward", "forward+backward")
+    ]
+    for record in records:
+        assert set(record) == keys_of(record)
+        assert (record["dtype"], record["clock"], record["saccade_us"]) == ("float32", "wall", 200)
+        assert record["floor_us"] is None
+        assert record["baselines"] == record["recorded"] == {}
+        assert 0 <= record["error"] <= accuracy.TOLERANCES["float32"]
+        assert (record["error"] == 0) == (record["workload"] == "calls/ragged-indexing")  # a copy
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.output.splitlines() if "│" in line]
+    assert [line[3:5] for line in lines] == [["200", h] for h in ("2.00", "1.60", "1.25", "1.00", "0.80") for _ in "12"]
+    assert clock.calls == len(records)
+
+
+def test_one_call_alone(clock, monkeypatch):
+    checked = []
+    monkeypatch.setattr(doctor, "check", lambda operator, _: checked.append(operator))
+    records = run.run("calls/FocalLoss", Console(quiet=True))
+    assert [record["workload"] for record in records] == ["calls/FocalLoss"] * 2
+    assert checked == ["focal_loss"]
+    assert clock.calls == 3  # both passes and the unit
+
+
+def test_calls_are_timed_as_training_makes_them(clock, monkeypatch):
+    """Forward without a graph, of leaves that want gradients; forward + backward into leaves that have none."""
+    modes = []
+
+    def wall_us(call, **_):
+        modes.append(torch.is_grad_enabled())
+        output = call()
+        assert output is None or output.requires_grad == torch.is_grad_enabled()
+        return 200.0
+
+    monkeypatch.setattr(clocks, "wall_us", wall_us)
+    run.run("calls", Console(quiet=True))
+    assert modes == [False, True, True] * 5
+    for of_operator in calls.CALLS.values():
+        for workload, prepare in of_operator.items():
+            assert all(leaf.is_leaf and leaf.requires_grad for leaf in prepare(workload).leaves)
+
+
+def test_the_unit_is_a_step_of_training(monkeypatch):
+    zeros, made = torch.zeros, []
+
+    def on_the_cpu(*size, device, **options):
+        made.append(zeros(*size, **options))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "zeros", on_the_cpu)
+    step = clocks.bce_step()
+    (logits,) = made
+    for _ in range(2):  # nothing is added to the gradient of the first
+        step()
+        torch.testing.assert_close(logits.grad, torch.full((7200, 10), 0.5 / 72000))
+
+
 def test_the_loss_over_ragged_batches_alone(clock, tmp_path):
     file = tmp_path / "results.json"
     result = runner.invoke(app, ["bench", "--quick", "--only", "ragged/detr_loss", "--json", str(file)])
@@ -669,7 +764,8 @@ def test_one_workload_alone(clock):
 def test_every_workload_has_a_name(clock):
     records = run.run(None, Console(quiet=True), quick=True)
     assert {record["workload"] for record in records} == {
-        *(*aggregation.workloads(), *losses.workloads(), *heatmap.workloads(), *ragged.workloads())
+        *(*aggregation.workloads(), *losses.workloads(), *heatmap.workloads(), *ragged.workloads()),
+        *calls.workloads(),
     }
 
 
@@ -737,15 +833,15 @@ def test_a_wrong_result_is_not_timed(clock, tmp_path, monkeypatch):
 
 
 def test_a_wrong_gradient_is_not_timed(clock, tmp_path, monkeypatch):
-    reference = sys.modules["saccade.deformable_aggregation.reference"]
-    right = reference.deformable_aggregation_backward
+    backward = DEFORMABLE_AGGREGATION.backward
+    right = backward._reference
 
     def wrong_at_one_location(*inputs):
-        features, location, weights = right(*inputs)
+        location, weights, maps = right(*inputs)
         location.flatten()[location.abs().argmax()] *= -1
-        return features, location, weights
+        return location, weights, maps
 
-    monkeypatch.setattr(reference, "deformable_aggregation_backward", wrong_at_one_location)
+    monkeypatch.setattr(backward, "_reference", wrong_at_one_location)
     assert "is not timed: backward has a relative error of" in refused(clock, tmp_path)
 
 
@@ -767,6 +863,34 @@ def test_a_wrong_gradient_of_a_loss_is_not_timed(clock, tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "SIGMOID", losses.SIGMOID._replace(backward=without_the_last_row))
     message = refused(clock, tmp_path, "--only", "losses")
     assert "sigmoid_focal_loss/head (float32) is not timed: backward has a relative error of" in message
+
+
+CALL_MUTATIONS = {
+    "calls/FocalLoss": (losses.FocalLoss, "forward", lambda loss: loss * 1.00001),
+    "calls/gaussian-centerpoint": (saccade, "gaussian_focal_loss_with_logits", lambda loss: loss * 1.00001),
+    "calls/ragged-indexing": (saccade.ragged, "batched_indexing_access", lambda b: b.apply(torch.neg)),
+    "calls/aggregation-det-b1": (saccade, "deformable_aggregation", lambda output: output * 1.00001),
+    "calls/aggregation-maps-det-b1": (saccade, "deformable_aggregation", lambda output: output * 1.00001),
+}
+
+
+def with_a_wrong_gradient(result):
+    """The same value; of its gradient ten parts in a million too much."""
+    if isinstance(result, saccade.RaggedBatch):
+        return result.apply(with_a_wrong_gradient)
+    return result.detach() + (result - result.detach()) * 1.00001
+
+
+@pytest.mark.parametrize("workload", CALL_MUTATIONS)
+def test_a_call_with_a_wrong_result_or_gradient_is_not_timed(workload, clock, monkeypatch):
+    module, name, change = CALL_MUTATIONS[workload]
+    for wrong, kind in ((change, "forward"), (with_a_wrong_gradient, r"forward\+backward")):
+        with monkeypatch.context() as changed:
+            mutated(changed, module, name, wrong)
+            message = rf"^{workload} \(float32\) is not timed: {kind} has a relative error of"
+            with pytest.raises(accuracy.WrongResultError, match=message):
+                run.run(workload, Console(quiet=True))
+    assert clock.calls == 0
 
 
 @pytest.mark.parametrize("form", ["draw_heatmap_batched", "heatmap_targets", "draw_heatmap"])
@@ -895,16 +1019,16 @@ def test_a_loss_of_bfloat16_logits_is_as_accurate_as_any_and_its_gradient_is_rou
 
 
 def test_a_deterministic_gradient_that_changes_is_not_timed(clock, tmp_path, monkeypatch):
-    reference = sys.modules["saccade.deformable_aggregation.reference"]
-    right = reference.deformable_aggregation_backward
+    backward = DEFORMABLE_AGGREGATION.backward
+    right = backward._reference
     calls = []
 
     def another_rounding_every_time(*inputs):
-        features, location, weights = right(*inputs)
+        location, weights, (features,) = right(*inputs)
         calls.append(None)
-        return features * (1 + len(calls) * 2**-23), location, weights
+        return location, weights, [features * (1 + len(calls) * 2**-23)]
 
-    monkeypatch.setattr(reference, "deformable_aggregation_backward", another_rounding_every_time)
+    monkeypatch.setattr(backward, "_reference", another_rounding_every_time)
     assert "backward-deterministic differs from run to run" in refused(clock, tmp_path)
 
 
@@ -1168,7 +1292,9 @@ def test_markdown_of_records():
     records = [
         a_record(baselines={"grid_sample": 6000}, recorded={"old": 4325}),
         a_record(**{"pass": "backward", "saccade_us": 9.87, "error": None}),
-        a_record(clock="wall", peak_mb=330.0, needed_mb=300.0, baselines={"compiled": 25611.4}, commit="b" * 40),
+        a_record(
+            clock="wall", bce_us=120.0, peak_mb=330.0, needed_mb=300.0, baselines={"compiled": 25611.4}, commit="b" * 40
+        ),
     ]
     assert tables.markdown(records) == "\n".join(
         [
@@ -1181,9 +1307,9 @@ def test_markdown_of_records():
             "",
             f"**Wall time, microseconds**, taken on NVIDIA H200, torch 2.11.0, Triton 3.6.0, commit `{'b' * 10}`.",
             "",
-            "| workload | dtype | pass | saccade | compiled | error | peak MB | of needed |",
-            "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
-            "| aggregation/det-b8 | float32 | forward | 150 | 25611 | 1.2e-06 | 330 | 1.10x |",
+            "| workload | dtype | pass | saccade | H | compiled | error | peak MB | of needed |",
+            "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+            "| aggregation/det-b8 | float32 | forward | 150 | 1.25 | 25611 | 1.2e-06 | 330 | 1.10x |",
         ]
     )
 
@@ -1231,9 +1357,9 @@ def test_markdown_of_what_is_learnt():
     )
 
 
-@pytest.mark.parametrize("marker", ["throughput", "learnt"])
-def test_training_that_was_not_measured_is_said_to_be_so(marker):
-    page = tables.with_results(f"before <!-- {marker}: demo --> after", [a_record()])
+@pytest.mark.parametrize("marker", ["results: calls", "throughput: demo", "learnt: demo"])
+def test_what_was_not_measured_is_said_to_be_so(marker):
+    page = tables.with_results(f"before <!-- {marker} --> after", [a_record()])
     assert page == "before Not measured yet: `h200.json` has no such records. after"
 
 
@@ -1249,8 +1375,6 @@ def test_a_page_gets_the_records_that_it_names():
     assert page.endswith("|\n\nafter")
     assert "losses/head" in page
     assert "aggregation" not in page
-    with pytest.raises(ValueError, match=r"results: heatmap.*has no such record"):
-        tables.with_results("<!-- results: heatmap -->", records)
     assert tables.on_page_markdown("no marker") == "no marker"
 
 

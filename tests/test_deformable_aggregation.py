@@ -314,7 +314,7 @@ def test_kernels_touch_no_rows_that_do_not_exist(begin, height, device):
     """What lies before and behind the features is NaN; between two samples each has the rows of the other."""
     if not served_by_triton(torch.empty(0, device=device)):
         pytest.skip("has no kernel there")
-    from saccade.deformable_aggregation import backward_kernels, kernels
+    from saccade.deformable_aggregation import launch
 
     rows, channels = 24, 4  # of two cameras' maps of 3 x 4 pixels
     features, shape, start, location, weights = make([[(3, 4)], [(3, 4)]], anchors=2, points=4, channels=channels)
@@ -331,9 +331,9 @@ def test_kernels_touch_no_rows_that_do_not_exist(begin, height, device):
     between = memory[2 * rows : 4 * rows].view(2, rows, channels).copy_(features.detach())
     assert between.is_contiguous()  # or kernels get a copy
     inputs = [between], *(value.detach().to(device) for value in (shape, start, location, weights))
-    output = kernels.deformable_aggregation(*inputs)
+    output = launch.aggregate(*inputs)
     grad_output = grad_output.to(output)
-    (grad_features,), *gradients = backward_kernels.deformable_aggregation_backward(grad_output, *inputs, [True] * 3)
+    (grad_features,), *gradients = launch.aggregate_backward(grad_output, *inputs, [True] * 3)
     for number, (actual, wanted) in enumerate(zip([output, grad_features, *gradients], expected, strict=True)):
         assert_near(f"result {number}", actual, wanted, TOLERANCES[torch.float32])
 
@@ -562,10 +562,10 @@ def test_contiguous_maps_are_served_by_the_kernel(device, monkeypatch):
     """On a GPU and under the interpreter; channels-last ones are copied as they are."""
     if not served_by_triton(torch.empty(0, device=device)):
         pytest.skip("no kernel serves the CPU")
-    from saccade.deformable_aggregation import formatting_kernels
+    from saccade.deformable_aggregation import launch
 
     calls = []
-    monkeypatch.setattr(formatting_kernels, "format_rows", lambda maps, rows: calls.append(rows.shape))
+    monkeypatch.setattr(launch, "_format_rows", lambda maps, rows: calls.append(rows.shape))
     groups = maps_of(FORMATS["groups"], device, torch.float32)
     saccade.feature_maps_format(groups)
     assert calls == [(2, 2, 41, 6), (2, 1, 17, 6), (2, 3, 3, 6)]
@@ -775,23 +775,24 @@ def test_every_row_gets_its_gradient_however_the_work_is_shared_out(device, monk
     """Windows that hold less than a row, one row, or some; the batch in one part and sample by sample."""
     if not served_by_triton(torch.empty(0, device=device)):
         pytest.skip("no kernel serves the CPU")
-    from saccade.deformable_aggregation import backward_kernels, kernels, reference
+    from saccade.deformable_aggregation import launch, reference
 
-    monkeypatch.setattr(backward_kernels, "_ROWS_OF_WINDOW", rows_of_window)
+    monkeypatch.setattr(launch, "_ROWS_OF_WINDOW", rows_of_window)
     features, shape, start, location, weights = (
         each.detach().to(device, torch.float64 if each.is_floating_point() else None)
         for each in make([[(3, 4), (1, 2)], [(2, 5), (1, 1)]], batch=2, anchors=8, points=4, spread=spread)
     )
     grad_output = torch.randn(2, 8, 4, dtype=torch.float64).to(device)
     inputs = (shape, start, location, weights, [True] * 3)
-    expected = reference.deformable_aggregation_backward(grad_output, features, *inputs)
+    *expected, (of_features,) = reference.deformable_aggregation_backward(grad_output, [features], *inputs)
+    expected = [of_features, *expected]
     for scratch, most_for_32_bits in ((1, 1 << 20), (1 << 20, 0)):
-        monkeypatch.setattr(kernels, "_SCRATCH_BYTES", scratch)
-        monkeypatch.setattr(kernels, "_SCRATCH_SHARE", 0)
-        monkeypatch.setattr(backward_kernels, "_MOST_FOR_32_BITS", most_for_32_bits)
-        (grad_features,), *rest = backward_kernels.deformable_aggregation_backward(grad_output, [features], *inputs)
+        monkeypatch.setattr(launch, "_SCRATCH_BYTES", scratch)
+        monkeypatch.setattr(launch, "_SCRATCH_SHARE", 0)
+        monkeypatch.setattr(launch, "_MOST_FOR_32_BITS", most_for_32_bits)
+        (grad_features,), *rest = launch.aggregate_backward(grad_output, [features], *inputs)
         for actual, wanted in zip((grad_features, *rest), expected, strict=True):
             assert (actual - wanted).norm() <= 1e-12 * wanted.norm()
-        output = kernels.deformable_aggregation([features], *inputs[:-1])
-        wanted = reference.deformable_aggregation(features, *inputs[:-1])
+        output = launch.aggregate([features], *inputs[:-1])
+        wanted = reference.deformable_aggregation([features], *inputs[:-1])
         assert (output - wanted).norm() <= 1e-12 * wanted.norm()

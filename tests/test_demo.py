@@ -707,6 +707,6 @@ def test_bench_without_a_gpu_or_with_an_unknown_suite_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     result = runner.invoke(app, ["bench", "--only", "everything"])
     assert result.exit_code == 2
-    suites = "aggregation, losses, heatmap, ragged, demo"
+    suites = "aggregation, losses, heatmap, ragged, calls, demo"
     expected = f"--only: expected one of {suites}, or one of their workloads, got 'everything'"
     assert result.stderr == f"saccade bench: {expected}\n"

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cases.focal_loss import EPS, sigmoid_oracle, softmax_oracle
-from saccade.focal_loss import api, sigmoid_focal_loss, softmax_focal_loss
+from saccade.losses.focal import sigmoid_focal_loss, softmax_focal_loss
+from saccade.losses.focal.api import SIGMOID_FOCAL_LOSS
 from saccade.operator import torch_internals
 from saccade.triton_dispatch import served_by_triton
 
@@ -513,13 +514,14 @@ def test_a_gradient_that_comes_with_the_loss_is_that_of_the_operator(
     logits = (3 * torch.randn(300, 5, generator=generator, dtype=dtype)).to(device)
     labels = torch.randint(6, (300,), generator=generator).to(device)
     soft = (torch.randint(5, (300, 5), generator=generator) / 4).to(device)
+    launch = pytest.importorskip("saccade.losses.focal.launch")  # where there is Triton
     asked = []
-    backward = api._call_sigmoid_backward
-    monkeypatch.setattr(api, "_call_sigmoid_backward", lambda *args: (asked.append(args), backward(*args))[1])
+    how, backward = SIGMOID_FOCAL_LOSS._differentiation, SIGMOID_FOCAL_LOSS.backward
+    monkeypatch.setattr(how, "backward_operator", lambda *args: (asked.append(args), backward(*args))[1])
 
     def step(most: int) -> tuple[Tensor, Tensor, Tensor]:
-        monkeypatch.setattr(api, "_FEW_LOGITS", most)
-        monkeypatch.setattr(api._call_sigmoid, "_known", [])
+        monkeypatch.setattr(launch, "_FEW_LOGITS", most)
+        SIGMOID_FOCAL_LOSS.forget()
         leaf = logits.clone().requires_grad_()
         loss = COMES_WITH_THE_LOSS[form](leaf, labels, soft)
         (gradient,) = torch.autograd.grad(-1.75 * loss.sum(), leaf, retain_graph=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cases.comparison import assert_each_near, assert_near
 from cases.focal_loss import anchors_of, channels_to_the_end, sigmoid_exact, softmax_exact
-from saccade.focal_loss import sigmoid_focal_loss, softmax_focal_loss
+from saccade.losses.focal import sigmoid_focal_loss, softmax_focal_loss
 from saccade.triton_dispatch import served_by_triton
 
 pytestmark = pytest.mark.interpreted

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cases.gaussian_focal_loss import EPS, oracle
-from saccade.gaussian_focal_loss import gaussian_focal_loss, gaussian_focal_loss_with_logits
+from saccade.losses.gaussian import gaussian_focal_loss, gaussian_focal_loss_with_logits
 
 BOTH = [gaussian_focal_loss, gaussian_focal_loss_with_logits]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

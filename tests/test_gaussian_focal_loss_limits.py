@@ -16,7 +16,7 @@ from torch import Tensor
 from cases.comparison import assert_each_near, assert_near
 from cases.focal_loss import channels_to_the_end
 from cases.gaussian_focal_loss import EPS, exact
-from saccade.gaussian_focal_loss import gaussian_focal_loss, gaussian_focal_loss_with_logits
+from saccade.losses.gaussian import gaussian_focal_loss, gaussian_focal_loss_with_logits
 from saccade.triton_dispatch import served_by_triton
 
 pytestmark = pytest.mark.interpreted

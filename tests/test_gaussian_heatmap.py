@@ -1076,9 +1076,10 @@ def test_radius_of_wrong_arguments(size, overlap, convention, error, message):
 @pytest.mark.parametrize(("rows", "bits"), [(1000, 32), (2**31 - 100, 64), (2**31 + 64, 64)])
 def test_offsets_of_all_parts_of_a_window_fit(rows, bits):
     """Of parts beyond the last row, too, at which a program stops."""
-    from saccade.gaussian_heatmap import kernels
+    from saccade.gaussian_heatmap import launch
+    from saccade.gaussian_heatmap.kernels import draw_kernel
 
-    strides = (2, 1), (1,), (1,)
-    of_map = torch.Size((1, rows, 1)), torch.Size((1,)), strides, torch.float32, torch.device("cpu"), True, True
-    (launch,) = kernels._prepare_concatenated(*of_map)
-    assert launch._constants["INDEX"].primitive_bitwidth == bits
+    heatmap = torch.empty(1, 1, rows, 1, device="meta")
+    strides = (2, 2, 1), (1, 1), (1, 1), (1,)
+    (prepared,) = launch._launches(draw_kernel, heatmap, 1, strides, range(9), True, 1.0, ELLIPSES=False)
+    assert prepared._constants["INDEX"].primitive_bitwidth == bits

@@ -1,4 +1,4 @@
-"""Kept launches tell apart whatever Triton compiles for; everything else about them shows on a GPU."""
+"""The launch cache tells apart whatever Triton specializes on; everything else about it shows on a GPU."""
 
 import json
 import shutil
@@ -20,9 +20,9 @@ from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
 from kernel_launches import recorded_launches  # noqa: E402
-from saccade.focal_loss import sigmoid_focal_loss, softmax_focal_loss  # noqa: E402
-from saccade.kernel_launch import LaunchedKernel, _take_apart, overlapping  # noqa: E402
+from saccade.losses.focal import sigmoid_focal_loss, softmax_focal_loss  # noqa: E402
 from saccade.operator import torch_internals  # noqa: E402
+from saccade.operator.launch import LaunchedKernel, _specialize, dependent_launch  # noqa: E402
 from saccade.triton_dispatch import served_by_triton  # noqa: E402
 
 MEMORY = torch.zeros(64)
@@ -61,27 +61,27 @@ def specialization():
     return lambda argument: bind(argument)[1]
 
 
-def kinds_of(*given: Any) -> list:
-    kinds: list = []
-    _take_apart(given, [], kinds)
-    return kinds
+def specialization_here(*given: Any) -> list:
+    specialization: list = []
+    _specialize(given, [], specialization)
+    return specialization
 
 
 @settings(max_examples=1000)
 @given(arguments, arguments)
-def test_what_triton_tells_apart_is_told_apart(specialization, first, second):
+def test_what_triton_specializes_on_is_told_apart(specialization, first, second):
     if specialization(first) != specialization(second):
-        assert kinds_of(first) != kinds_of(second)
+        assert specialization_here(first) != specialization_here(second)
 
 
-def test_values_and_kinds():
+def test_values_and_specialization():
     values: list = []
-    kinds: list = []
-    device = _take_apart((MEMORY, None, (MEMORY[1:], 16), 0.5, 7), values, kinds)
+    found: list = []
+    device = _specialize((MEMORY, None, (MEMORY[1:], 16), 0.5, 7), values, found)
     assert device == -1  # not a GPU
     assert values == [MEMORY.data_ptr(), None, (MEMORY.data_ptr() + 4, 16), 0.5, 7]
-    assert kinds[:3] == [torch.float32, None, ((torch.float32, "not aligned"), kinds_of(32)[0])]
-    assert len({*map(str, kinds)}) == 5
+    assert found[:3] == [torch.float32, None, ((torch.float32, "not aligned"), specialization_here(32)[0])]
+    assert len({*map(str, found)}) == 5
 
 
 def test_a_prepared_launch_is_that_of_the_kernel():
@@ -215,12 +215,12 @@ def test_memory_that_is_not_aligned_after_memory_that_is(function):
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-9)
 
 
-def test_launches_do_not_overlap_where_kernels_cannot():
-    assert overlapping(torch.device("cpu")) == {"OVERLAP": False}
+def test_no_dependent_launch_where_gpus_have_none():
+    assert dependent_launch(torch.device("cpu")) == {"PDL": False}
 
 
 def what_reaches_the_driver(tmp_path: Path, *options: str) -> dict[str, Any]:
-    """Launches that are kept, compared with Triton's own where they reach the driver: one that takes note of them."""
+    """Cached launches, compared with Triton's own where they reach the driver: one that takes note of them."""
     if torch.cuda.is_available() or served_by_triton(MEMORY):
         pytest.skip("a GPU, or Triton's interpreter, has a driver of its own")
     folder = Path(__file__).parent / "driver"
@@ -237,7 +237,7 @@ def what_reaches_the_driver(tmp_path: Path, *options: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def test_kept_launches_give_the_driver_what_triton_does(tmp_path):
+def test_cached_launches_give_the_driver_what_triton_does(tmp_path):
     found = what_reaches_the_driver(tmp_path)
     assert found["differ"] == []
     assert found["compared"] >= 25, "every kernel"
@@ -246,7 +246,7 @@ def test_kept_launches_give_the_driver_what_triton_does(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_all_kept_launches_give_the_driver_what_triton_does(tmp_path):
+def test_all_cached_launches_give_the_driver_what_triton_does(tmp_path):
     found = what_reaches_the_driver(tmp_path, "--all")
     assert found["differ"] == []
     assert found["compared"] > 200

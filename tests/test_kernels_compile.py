@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -31,7 +32,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from kernel_launches import Launch, recorded_launches  # noqa: E402
-from saccade.kernel_launch import LaunchedKernel  # noqa: E402
+from saccade.operator.launch import LaunchedKernel  # noqa: E402
 
 PACKAGE = Path(saccade.__file__).parent
 
@@ -42,12 +43,16 @@ TARGETS = {
 }
 
 
+def launch(prepare: Callable[..., Any], *args: Any) -> Any:
+    """What an operator does with its arguments on a GPU."""
+    return prepare(*args)(*args)
+
+
 def format_rows(*dtypes: torch.dtype, channels: int = 256, sizes: tuple[tuple[int, int], ...]) -> None:
-    from saccade.deformable_aggregation.formatting_kernels import format_rows
+    from saccade.deformable_aggregation.launch import prepare_format
 
     maps = [torch.empty(2, 6, channels, *size, dtype=d) for d, size in zip(dtypes, sizes, strict=True)]
-    pixels = sum(height * width for height, width in sizes)
-    format_rows(maps, torch.empty(2, 6, pixels, channels, dtype=dtypes[0]))
+    launch(prepare_format, len(maps), maps)
 
 
 def aggregation(
@@ -70,30 +75,28 @@ def as_maps(features: torch.Tensor, spatial_shape: torch.Tensor) -> list[torch.T
     return [features.new_empty(features.shape[0], area, features.shape[2]) for area in areas]
 
 
-def aggregate(*args, by_level: bool = False, **kwargs) -> None:
-    from saccade.deformable_aggregation.kernels import deformable_aggregation
+def aggregation_forward(*args, by_level: bool = False, **kwargs) -> None:
+    from saccade.deformable_aggregation.launch import aggregate
 
     features, spatial_shape, *rest = aggregation(*args, **kwargs)
-    deformable_aggregation(as_maps(features, spatial_shape) if by_level else [features], spatial_shape, *rest)
+    aggregate(as_maps(features, spatial_shape) if by_level else [features], spatial_shape, *rest)
 
 
-def aggregate_backward(
+def aggregation_backward(
     *args, needed: tuple[bool, bool, bool] = (True, True, True), by_level: bool = False, **kwargs
 ) -> None:
-    from saccade.deformable_aggregation.backward_kernels import deformable_aggregation_backward
+    from saccade.deformable_aggregation.launch import aggregate_backward
 
     features, spatial_shape, *rest = aggregation(*args, **kwargs)
     maps = as_maps(features, spatial_shape) if by_level else [features]
     grad_output = torch.empty(2, 16, features.shape[2]).to(features)
-    deformable_aggregation_backward(grad_output, maps, spatial_shape, *rest, needed)
+    aggregate_backward(grad_output, maps, spatial_shape, *rest, needed)
 
 
-def aggregate_backward_counted_with_64_bits() -> None:
-    from saccade.deformable_aggregation import backward_kernels
-
-    with patch.object(backward_kernels, "_MOST_FOR_32_BITS", 0):
-        aggregate_backward()
-        aggregate_backward(by_level=True)
+def aggregation_backward_counted_with_64_bits() -> None:
+    with patch("saccade.deformable_aggregation.launch._MOST_FOR_32_BITS", 0):
+        aggregation_backward()
+        aggregation_backward(by_level=True)
 
 
 FPN = ((16, 44), (8, 22), (4, 12), (4, 8))
@@ -107,7 +110,7 @@ def sigmoid_focal(
     *,
     gamma: float = 2.0,
     alpha: float = 0.25,
-    kind: str = "mean",
+    mode: str = "mean",
     activated: bool = False,
     permuted: bool = False,
     target: torch.Tensor | None = None,
@@ -115,18 +118,24 @@ def sigmoid_focal(
     class_weight: torch.Tensor | None = None,
     avg_factor: torch.Tensor | None = None,
 ) -> None:
-    from saccade.focal_loss.kernels import prepare_sigmoid_focal_loss, sigmoid_focal_loss_backward
+    from saccade.losses.focal import launch as focal
+    from saccade.losses.focal.options import SigmoidOptions
+    from saccade.losses.reduction import Reduction
 
     logits = torch.empty(ROWS, classes, dtype=dtype)
     if permuted:
         logits = torch.empty(ROWS // 512, classes, 32, 16, dtype=dtype).permute(0, 2, 3, 1)
     if target is None:
         target = torch.empty(logits.shape[:-1], dtype=torch.int64)
-    rest = (logits, target, weight, class_weight, alpha, gamma, activated, kind, avg_factor, 1.0, 0.0)
-    result = prepare_sigmoid_focal_loss(*rest)(*rest)
-    sigmoid_focal_loss_backward(result, *rest, [True, weight is not None])
-    if kind != "none":
-        prepare_sigmoid_focal_loss(*rest, with_gradient=True)(*rest)
+    options, reduction = SigmoidOptions(alpha, gamma, activated), Reduction(mode, avg_factor)
+    args = logits, target, weight, class_weight, options, reduction
+    result = launch(focal.prepare_sigmoid_focal_loss, *args)
+    launch(focal.prepare_sigmoid_focal_loss_backward, result, *args, [True, weight is not None])
+    if mode != "none":
+        with patch.object(focal, "_FEW_LOGITS", 2**62):
+            together = focal.prepare_sigmoid_focal_loss_with_gradient(*args)
+        if together is not None:  # halves have none
+            together(*args)
 
 
 def softmax_focal(
@@ -134,14 +143,16 @@ def softmax_focal(
     classes: int = 80,
     *,
     gamma: float = 2.0,
-    kind: str = "mean",
+    mode: str = "mean",
     class_weight: torch.Tensor | None = None,
 ) -> None:
-    from saccade.focal_loss.softmax_kernels import softmax_focal_loss, softmax_focal_loss_backward
+    from saccade.losses.focal import launch as focal
+    from saccade.losses.reduction import Reduction
 
     logits, target = torch.empty(ROWS, classes, dtype=dtype), torch.empty(ROWS, dtype=torch.int64)
-    rest = (logits, target, class_weight, 0.25, gamma, kind, None, 1.0, 0.0)
-    softmax_focal_loss_backward(softmax_focal_loss(*rest), *rest)
+    args = logits, target, class_weight, 0.25, gamma, Reduction(mode)
+    result = launch(focal.prepare_softmax_focal_loss, *args)
+    launch(focal.prepare_softmax_focal_loss_backward, result, *args, [True])
 
 
 def gaussian_focal(
@@ -150,21 +161,24 @@ def gaussian_focal(
     target_dtype: torch.dtype = torch.float32,
     alpha: float = 2.0,
     gamma: float = 4.0,
-    kind: str = "sum",
+    mode: str = "sum",
     with_logits: bool = True,
     clip: float | None = None,
     weight: torch.Tensor | None = None,
     channels_last: bool = False,
 ) -> None:
-    from saccade.gaussian_focal_loss.kernels import gaussian_focal_loss, gaussian_focal_loss_backward
+    from saccade.losses.gaussian import launch as gaussian
+    from saccade.losses.gaussian.options import GaussianOptions
+    from saccade.losses.reduction import Reduction
 
     pred, target = torch.empty(4, 16, 32, 32, dtype=dtype), torch.empty(4, 16, 32, 32, dtype=target_dtype)
     if channels_last:
         pred = pred.contiguous(memory_format=torch.channels_last)
-    rest = (pred, target, weight, alpha, gamma, 1.0, 1.0, with_logits, clip)
-    result, divisor = gaussian_focal_loss(*rest, kind, None, 1.0, 0.0)
-    of_backward = ("mean", divisor) if kind == "num_pos" else (kind, None)
-    gaussian_focal_loss_backward(result, *rest, *of_backward, 1.0, 0.0, [True, weight is not None])
+    options = GaussianOptions(alpha, gamma, 1.0, 1.0, with_logits, clip)
+    args = pred, target, weight, options
+    result, count = launch(gaussian.prepare_gaussian_focal_loss, *args, Reduction(mode))
+    of_backward = Reduction("mean", count) if mode == "num_pos" else Reduction(mode)
+    launch(gaussian.prepare_gaussian_focal_loss_backward, result, *args, of_backward, [True, weight is not None])
 
 
 def draw_heatmap(
@@ -175,11 +189,11 @@ def draw_heatmap(
     ellipses: bool = False,
     k_scale: float = 1.0,
 ) -> None:
-    from saccade.gaussian_heatmap.kernels import prepare_heatmap
+    from saccade.gaussian_heatmap.launch import prepare_heatmap
 
     targets = [torch.empty(48, *rest, dtype=index_dtype) for rest in ((2,), (2,) if ellipses else (), ())]
     heatmap = torch.empty(3, *size, dtype=dtype, device="meta" if size[0] > 2**12 else "cpu")
-    prepare_heatmap(heatmap, *targets, 6.0, k_scale, False)(heatmap, *targets)
+    launch(prepare_heatmap, heatmap, *targets, 6.0, k_scale, False)
 
 
 def draw_heatmap_batched(
@@ -191,7 +205,7 @@ def draw_heatmap_batched(
     ellipses: bool = False,
     clear: bool = False,
 ) -> None:
-    from saccade.gaussian_heatmap.kernels import prepare_heatmap_batched
+    from saccade.gaussian_heatmap.launch import prepare_heatmap_batched
 
     def integers(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=index_dtype)
@@ -200,7 +214,7 @@ def draw_heatmap_batched(
     heatmap = torch.empty(4, *([] if classes is None else [classes]), *size, dtype=dtype)
     labels = None if classes is None else integers(4, 50)
     args = heatmap, integers(4, 50, 2), radii, integers(4), labels
-    prepare_heatmap_batched(*args, 6.0, 1.0, clear)(*args)
+    launch(prepare_heatmap_batched, *args, 6.0, 1.0, clear)
 
 
 def draw_boxes(
@@ -211,13 +225,13 @@ def draw_boxes(
     corners: bool = True,
     convention: str = "mmdet",
 ) -> None:
-    from saccade.gaussian_heatmap.kernels import draw_boxes
+    from saccade.gaussian_heatmap.launch import prepare_boxes_to_heatmap
+    from saccade.gaussian_heatmap.options import BoxOptions
 
-    heatmap = torch.empty(4, *([] if classes is None else [classes]), *size)
     labels = None if classes is None else torch.empty(4, 50, dtype=torch.int64)
-    counts = torch.empty(4, dtype=torch.int64)
-    of_boxes = corners, (0.0, 0.0), (4.0, 4.0), 0.3, convention, 0
-    draw_boxes(heatmap, torch.empty(4, 50, 4, dtype=dtype), counts, labels, *of_boxes, 6.0, 1.0)
+    options = BoxOptions((4.0, 4.0), 0.3, convention, 0, "xyxy" if corners else "cxcywh", (0.0, 0.0))
+    boxes, counts = torch.empty(4, 50, 4, dtype=dtype), torch.empty(4, dtype=torch.int64)
+    launch(prepare_boxes_to_heatmap, boxes, counts, labels, size, classes, 6.0, 1.0, options)
 
 
 def ragged(
@@ -228,21 +242,24 @@ def ragged(
     numbers: bool = True,
 ) -> None:
     """Every launcher of ragged batches; ``numbers`` for dtypes that have a sum."""
-    from saccade.ragged import kernels
+    from saccade.ragged import launch
+
+    def launched(operator: str, *args: Any) -> None:
+        getattr(launch, f"prepare_{operator}")(*args)(*args)
 
     data, entries = torch.empty(48, 912, *data_dims, dtype=dtype), torch.empty(48, 48, *data_dims, dtype=dtype)
     index, sizes = torch.empty(48, 48, dtype=index_dtype), torch.empty(48, dtype=torch.int64)
-    kernels.gather(data, index, sizes, filler)
-    kernels.gather(data, index, sizes, 0, index, 912, last=True)
-    kernels.put(data, entries, index, sizes, None, 0)
-    kernels.put(data, entries, index, sizes, index, 912)
-    kernels.spread(entries, index, sizes, None, 0, 912, filler)
-    kernels.spread(entries, index, sizes, index, 912, 912, filler)
-    kernels.transfer(data, entries, index, sizes, index)
-    kernels.mark(index, sizes, 912)
-    kernels.pad(entries.flatten(0, 1), sizes, sizes, 48)
+    launched("gather", data, index, sizes, filler)
+    launched("take", data, index, sizes, index, 912)
+    launched("put", data, entries, index, sizes, None, 0)
+    launched("put", data, entries, index, sizes, index, 912)
+    launched("spread", entries, index, sizes, None, 0, 912, filler)
+    launched("spread", entries, index, sizes, index, 912, 912, filler)
+    launched("transfer", data, entries, index, sizes, index)
+    launched("mark", index, sizes, 912)
+    launched("pad", entries.flatten(0, 1), sizes, sizes, 48)
     if numbers:
-        kernels.prepare_sum(entries, index, sizes, 912)(entries, index, sizes, 912)
+        launched("sum", entries, index, sizes, 912)
 
 
 ROWS = 16384  # many enough elements for the tiles that large inputs have
@@ -255,8 +272,8 @@ CASES: list[tuple[str, Callable[[], object]]] = [
     *((f"sigmoid_focal/{classes}-classes", partial(sigmoid_focal, classes=classes)) for classes in (10, 1, 7, 256)),
     ("sigmoid_focal/few-rows", partial(sigmoid_focal, classes=10, avg_factor=torch.empty(1))),
     ("sigmoid_focal/permuted", partial(sigmoid_focal, permuted=True)),
-    ("sigmoid_focal/unreduced", partial(sigmoid_focal, kind="none")),
-    ("sigmoid_focal/permuted-unreduced", partial(sigmoid_focal, kind="none", permuted=True)),
+    ("sigmoid_focal/unreduced", partial(sigmoid_focal, mode="none")),
+    ("sigmoid_focal/permuted-unreduced", partial(sigmoid_focal, mode="none", permuted=True)),
     *((f"sigmoid_focal/gamma-{gamma}", partial(sigmoid_focal, gamma=gamma)) for gamma in (0.0, 1.5, 5.0)),
     ("sigmoid_focal/unbalanced", partial(sigmoid_focal, alpha=-1.0)),
     ("sigmoid_focal/int32", partial(sigmoid_focal, target=torch.empty(ROWS, dtype=torch.int32))),
@@ -273,13 +290,13 @@ CASES: list[tuple[str, Callable[[], object]]] = [
     ("softmax_focal/bfloat16", partial(softmax_focal, torch.bfloat16)),
     ("softmax_focal/float64", partial(softmax_focal, torch.float64)),
     *((f"softmax_focal/{classes}-classes", partial(softmax_focal, classes=classes)) for classes in (10, 1, 3000)),
-    ("softmax_focal/unreduced", partial(softmax_focal, kind="none", gamma=1.5, class_weight=torch.empty(80))),
+    ("softmax_focal/unreduced", partial(softmax_focal, mode="none", gamma=1.5, class_weight=torch.empty(80))),
     ("gaussian_focal/float32", gaussian_focal),
     ("gaussian_focal/float16", partial(gaussian_focal, torch.float16, target_dtype=torch.float16)),
     ("gaussian_focal/bfloat16", partial(gaussian_focal, torch.bfloat16)),
     ("gaussian_focal/float64", partial(gaussian_focal, torch.float64)),
-    ("gaussian_focal/num-pos-clipped", partial(gaussian_focal, kind="num_pos", clip=1e-4)),
-    ("gaussian_focal/unreduced", partial(gaussian_focal, kind="none")),
+    ("gaussian_focal/num-pos-clipped", partial(gaussian_focal, mode="num_pos", clip=1e-4)),
+    ("gaussian_focal/unreduced", partial(gaussian_focal, mode="none")),
     ("gaussian_focal/other-powers", partial(gaussian_focal, alpha=1.5, gamma=3.5)),
     ("gaussian_focal/probabilities", partial(gaussian_focal, with_logits=False)),
     ("gaussian_focal/probabilities-other-powers", partial(gaussian_focal, with_logits=False, alpha=0.5, gamma=3.5)),
@@ -327,33 +344,36 @@ CASES: list[tuple[str, Callable[[], object]]] = [
         (f"format_rows/{channels}-channels", partial(format_rows, *[torch.float32] * 4, channels=channels, sizes=FPN))
         for channels in (128, 96, 60, 8, 1)
     ),
-    ("aggregate/float32", aggregate),
-    ("aggregate/float16", partial(aggregate, torch.float16)),
-    ("aggregate/bfloat16", partial(aggregate, torch.bfloat16)),
-    ("aggregate/float64", partial(aggregate, torch.float64)),
-    ("aggregate/int32", partial(aggregate, index_dtype=torch.int32)),
-    ("aggregate/maps", partial(aggregate, by_level=True)),
-    ("aggregate/many-points", partial(aggregate, points=300)),
-    ("aggregate/one-segment-float16", partial(aggregate, torch.float16, points=8)),
-    ("aggregate/float64-locations", partial(aggregate, location_dtype=torch.float64)),
+    ("aggregate/float32", aggregation_forward),
+    ("aggregate/float16", partial(aggregation_forward, torch.float16)),
+    ("aggregate/bfloat16", partial(aggregation_forward, torch.bfloat16)),
+    ("aggregate/float64", partial(aggregation_forward, torch.float64)),
+    ("aggregate/int32", partial(aggregation_forward, index_dtype=torch.int32)),
+    ("aggregate/maps", partial(aggregation_forward, by_level=True)),
+    ("aggregate/many-points", partial(aggregation_forward, points=300)),
+    ("aggregate/one-segment-float16", partial(aggregation_forward, torch.float16, points=8)),
+    ("aggregate/float64-locations", partial(aggregation_forward, location_dtype=torch.float64)),
     *(
-        (f"aggregate/{channels}-channels-{groups}-groups", partial(aggregate, torch.float32, channels, groups))
+        (
+            f"aggregate/{channels}-channels-{groups}-groups",
+            partial(aggregation_forward, torch.float32, channels, groups),
+        )
         for channels, groups in BLOCKS
     ),
-    ("aggregate_backward/float32", aggregate_backward),
-    ("aggregate_backward/float16", partial(aggregate_backward, torch.float16)),
-    ("aggregate_backward/bfloat16", partial(aggregate_backward, torch.bfloat16)),
-    ("aggregate_backward/float64", partial(aggregate_backward, torch.float64)),
-    ("aggregate_backward/maps", partial(aggregate_backward, by_level=True)),
-    ("aggregate_backward/64-bits", aggregate_backward_counted_with_64_bits),
-    ("aggregate_backward/float64-locations", partial(aggregate_backward, location_dtype=torch.float64)),
-    ("aggregate_backward/features", partial(aggregate_backward, needed=(True, False, False))),
-    ("aggregate_backward/location", partial(aggregate_backward, needed=(False, True, False))),
-    ("aggregate_backward/weights", partial(aggregate_backward, needed=(False, False, True))),
+    ("aggregate_backward/float32", aggregation_backward),
+    ("aggregate_backward/float16", partial(aggregation_backward, torch.float16)),
+    ("aggregate_backward/bfloat16", partial(aggregation_backward, torch.bfloat16)),
+    ("aggregate_backward/float64", partial(aggregation_backward, torch.float64)),
+    ("aggregate_backward/maps", partial(aggregation_backward, by_level=True)),
+    ("aggregate_backward/64-bits", aggregation_backward_counted_with_64_bits),
+    ("aggregate_backward/float64-locations", partial(aggregation_backward, location_dtype=torch.float64)),
+    ("aggregate_backward/features", partial(aggregation_backward, needed=(True, False, False))),
+    ("aggregate_backward/location", partial(aggregation_backward, needed=(False, True, False))),
+    ("aggregate_backward/weights", partial(aggregation_backward, needed=(False, False, True))),
     *(
         (
             f"aggregate_backward/{channels}-channels-{groups}-groups",
-            partial(aggregate_backward, torch.float32, channels, groups),
+            partial(aggregation_backward, torch.float32, channels, groups),
         )
         for channels, groups in BLOCKS
     ),
@@ -418,7 +438,7 @@ def test_every_kernel_has_a_case():
 
 def test_no_kernel_is_launched_past_its_launcher():
     """Every function of ``triton.jit`` is called by another one, or is a ``LaunchedKernel``."""
-    found, called = set(), {"wait_for_kernel_before"}
+    found, called = set(), {"wait_for_previous_kernel"}
     for module in kernel_modules():
         found |= {name for name, value in vars(module).items() if isinstance(value, JITFunction)}
         calls = [node.func for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call)]

@@ -1,9 +1,10 @@
 """A known call is never taken for another one: every option of every public function, changed and changed back.
 
-What tells known calls apart is written by hand beside each public function; an option that is left out gives the result
-of another call, without a word. Here the options come from the signatures: a new one fails until it has a changed value
-in ``FUNCTIONS``. Where there is no GPU, the CPU counts as one, as in ``test_registration.py``. What is baked into a
-launch shows where there are kernels: on a GPU, and under Triton's interpreter.
+The key of a known call is every argument of the operator's schema, but for numbers that are declared to vary. One that
+is declared so and is baked into a launch gives the result of another call, without a word. Here the options come from
+the signatures: a new one fails until it has a changed value in ``FUNCTIONS``. Where there is no GPU, the CPU counts as
+one, as in ``test_operator.py``. What is baked into a launch shows where there are kernels: on a GPU, and under Triton's
+interpreter.
 """
 
 import inspect
@@ -22,7 +23,7 @@ import saccade
 from saccade import RaggedBatch, nn, ragged
 from saccade.deformable_aggregation import formatting
 from saccade.operator import torch_internals
-from saccade.registration import DirectCall
+from saccade.operator.declaration import OPERATORS
 from saccade.triton_dispatch import served_by_triton
 
 pytestmark = pytest.mark.interpreted
@@ -603,18 +604,12 @@ def outcome(name: str, options: dict[str, Any], device: str, recorded: bool = Tr
     return [bits(part) for part in (*parts, *gradients)]
 
 
-def known_calls() -> list[DirectCall]:
-    modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "saccade"]
-    found = {id(value): value for module in modules for value in vars(module).values() if isinstance(value, DirectCall)}
-    return [*found.values()]
-
-
 def forget() -> None:
     """A state in which no call was made: none is known, no launch is prepared, nothing is kept."""
-    for call in known_calls():
-        call._known, call._wasted = [], 0
+    for operator in OPERATORS.values():
+        operator.forget()
     for name, module in [*sys.modules.items()]:
-        if name.startswith("saccade.") and name.endswith("kernels"):
+        if name.startswith("saccade.") and name.endswith(("kernels", "launch")):
             for value in vars(module).values():
                 if hasattr(value, "cache_clear"):
                     value.cache_clear()
@@ -645,7 +640,7 @@ def assert_told_apart(usual: Callable[[], Any], changed: Callable[[], Any], may_
     of_usual = usual()
     assert may_be_alike or of_changed != of_usual, f"{what}: the changed call gives the same as the usual one"
     assert of_usual_after_it == of_usual, f"{what}: after the changed call, the usual one gives something else"
-    if any(call._known for call in known_calls()):
+    if any(operator.known_calls.known for operator in OPERATORS.values()):
         assert changed() == of_changed, f"{what}: after the usual call, the changed one gives something else"
         assert usual() == of_usual, f"{what}: the usual call, made before, gives something else than then"
         assert changed() == of_changed, f"{what}: the changed call, made before, gives something else than then"
@@ -708,4 +703,4 @@ def test_calls_are_known_here(name, fast):
         pytest.skip("has no kernel there")
     for _ in range(2):
         outcome(name, FUNCTIONS[name].usual, fast)
-    assert any(known.is_used for call in known_calls() for known in call._known)
+    assert any(known.is_used for operator in OPERATORS.values() for known in operator.known_calls.known)

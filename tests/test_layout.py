@@ -1,6 +1,7 @@
 """The rules of the house: what may import what, and that importing is free of side effects."""
 
 import ast
+import pkgutil
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 import saccade
 import saccade_demo
+from saccade.operator import declaration
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(saccade.__file__).parent
@@ -19,6 +21,8 @@ OPERATORS = {".".join(folder.relative_to(PACKAGE).parts): folder for folder in F
 MODULES = sorted(PACKAGE.rglob("*.py"))
 DEMO_MODULES = sorted(DEMO.rglob("*.py"))
 KERNELS = [path for path in MODULES if path.stem == "kernels" or path.stem.endswith("_kernels")]
+LAUNCHES = [path for path in MODULES if path.stem == "launch" or path.stem.endswith("_launch")]
+SHARED = (PACKAGE, PACKAGE / "losses", PACKAGE / "operator")  # by several operators
 
 
 def imports(path: Path) -> set[str]:
@@ -38,7 +42,7 @@ def depends_on(path: Path, package: str) -> bool:
 
 
 def test_every_operator_is_known():
-    assert {*OPERATORS} == {"deformable_aggregation", "focal_loss", "gaussian_focal_loss", "gaussian_heatmap"}
+    assert {*OPERATORS} == {"deformable_aggregation", "gaussian_heatmap", "losses.focal", "losses.gaussian", "ragged"}
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -49,7 +53,7 @@ def test_an_operator_is_one_folder_with_the_same_files(operator):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_operators_never_import_operators(operator):
-    others = [*(name for name in OPERATORS if name != operator), "ragged", "nn", "compat", "cli", "doctor"]
+    others = [*(name for name in OPERATORS if name != operator), "nn", "compat", "cli", "doctor"]
     for path in OPERATORS[operator].glob("*.py"):
         for other in others:
             assert not depends_on(path, f"saccade.{other}"), f"{path.name} of {operator} imports {other}"
@@ -68,15 +72,27 @@ def test_reference_and_kernels_never_import_each_other():
 
 def test_kernels_are_used_by_their_own_operator_alone():
     for path in MODULES:
-        for kernels in (path for path in KERNELS if path.parent != PACKAGE):
-            assert path.parent == kernels.parent or not depends_on(path, module_of(kernels)), f"{path} uses {kernels}"
+        for used in (path for path in [*KERNELS, *LAUNCHES] if path.parent not in SHARED):
+            assert path.parent == used.parent or not depends_on(path, module_of(used)), f"{path} uses {used}"
 
 
-def test_triton_is_imported_by_kernels_and_their_launch_alone():
+def test_kernels_are_launched_by_their_launch_alone():
+    """Which the operator's declaration names; nothing else imports either, or Triton."""
     assert KERNELS
+    assert LAUNCHES
     for path in MODULES:
-        assert path in [*KERNELS, PACKAGE / "kernel_launch.py"] or not depends_on(path, "triton"), path
-        assert path in KERNELS or not depends_on(path, "saccade.kernel_launch"), path
+        if path not in [*KERNELS, *LAUNCHES]:
+            for used in ("triton", *map(module_of, [*KERNELS, *LAUNCHES])):
+                assert not depends_on(path, used), f"{path} imports {used}"
+
+
+def test_every_launch_that_a_declaration_names_is_there():
+    """They are named by text, so that importing the library does not import Triton."""
+    pytest.importorskip("triton")
+    for operator in declaration.OPERATORS.values():
+        gradient = operator._differentiation and operator._differentiation.gradient
+        for name in (operator._kernels, getattr(gradient, "with_result", None)):
+            assert name is None or callable(pkgutil.resolve_name(name)), f"{operator.name}: {name}"
 
 
 def private_names(path: Path) -> set[str]:
@@ -101,11 +117,6 @@ def test_private_names_of_torch_and_triton_stand_in_one_file():
     assert private_names(one_file)
     for path in [*MODULES, *DEMO_MODULES, *(ROOT / "benchmarks").glob("*.py")]:
         assert path == one_file or not private_names(path), f"{path}: {private_names(path)}"
-
-
-def test_what_kernels_share_is_used_by_kernels_alone():
-    for shared in (path for path in KERNELS if path.parent == PACKAGE):
-        assert not [path for path in MODULES if path not in KERNELS and depends_on(path, module_of(shared))], shared
 
 
 def test_the_library_proper_needs_torch_alone():

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saccade.memory_axes import memory_axes
+from saccade.losses.memory_axes import memory_axes
 
 
 def places(sizes, strides) -> list[tuple[int, ...]]:

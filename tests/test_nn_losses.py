@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from saccade.focal_loss import sigmoid_focal_loss
-from saccade.gaussian_focal_loss import gaussian_focal_loss
+from saccade.losses.focal import sigmoid_focal_loss
+from saccade.losses.gaussian import gaussian_focal_loss
 from saccade.nn.losses import FocalLoss, GaussianFocalLoss, SigmoidFocalLoss, SoftmaxFocalLoss
 
 EPS = 1.1920929e-07

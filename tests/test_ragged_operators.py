@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from saccade.ragged import operators
+from saccade.operator.declaration import Operator
+from saccade.ragged.api import GATHER, MARK, PAD, PUT, SPREAD, SUM, TAKE, TRANSFER
 from saccade.triton_dispatch import served_by_triton
 
 # float64 for values of 8 bytes, complex128 for two words of them, bool for bytes
@@ -32,14 +33,14 @@ def inputs(
     index[:, 3] = index[:, 0] % W  # negative or not, the same entry
     index[0, 4] = W  # skipped
     index[1, 1] = 2**31 - 1
-    other = torch.tensor([[0, 0, -3, 2, 1], [5, 0, 0, 0, 1], [0, -4, 2, 1, 0]])  # of width 3, two out of range
+    paired = torch.tensor([[0, 0, -3, 2, 1], [5, 0, 0, 0, 1], [0, -4, 2, 1, 0]])  # of width 3, two out of range
     values = {
         "data": torch.randint(0, 9, (S, W, *data_dims), generator=generator).to(dtype),
         "entries": torch.randint(0, 9, (S, M, *data_dims), generator=generator).to(dtype),
         "source": torch.randint(0, 9, (S, 3, *data_dims), generator=generator).to(dtype),
         "values": torch.randint(0, 9, (7, *data_dims), generator=generator).to(dtype),
         "index": index.to(index_dtype),
-        "other": other.to(index_dtype),
+        "paired": paired.to(index_dtype),
         "sizes": torch.tensor([9, 1, 4]),
         "begins": torch.tensor([0, 6, -1]),
         "lengths": torch.tensor([3, 2, 9]),
@@ -47,11 +48,11 @@ def inputs(
     return {name: value.to(device) for name, value in values.items()}
 
 
-def used_slots(index: Tensor, sizes: Tensor, width: int, other: Tensor | None = None, other_width: int = 0):
+def used_slots(index: Tensor, sizes: Tensor, width: int, paired: Tensor | None = None, paired_width: int = 0):
     """(sample, slot, entry) of every slot that is used."""
     for s, j in itertools.product(range(index.shape[0]), range(index.shape[1])):
         place = int(index[s, j])
-        in_range = -width <= place < width and (other is None or -other_width <= int(other[s, j]) < other_width)
+        in_range = -width <= place < width and (paired is None or -paired_width <= int(paired[s, j]) < paired_width)
         if j < int(sizes[s]) and in_range:
             yield s, j, place % width
 
@@ -70,16 +71,16 @@ def model_of_sum(entries: Tensor, index: Tensor, sizes: Tensor, width: int) -> T
     return result
 
 
-def model_of_put(data: Tensor, entries: Tensor, index: Tensor, sizes: Tensor, *other: Any) -> Tensor:
+def model_of_put(data: Tensor, entries: Tensor, index: Tensor, sizes: Tensor, *paired: Any) -> Tensor:
     result = data.clone()
-    for s, j, place in used_slots(index, sizes, data.shape[1], *other):
+    for s, j, place in used_slots(index, sizes, data.shape[1], *paired):
         result[s, place] = entries[s, j]
     return result
 
 
-def model_of_take(data: Tensor, index: Tensor, sizes: Tensor, *other: Any) -> Tensor:
+def model_of_take(data: Tensor, index: Tensor, sizes: Tensor, *paired: Any) -> Tensor:
     result = torch.zeros(*index.shape, *data.shape[2:]).to(data.dtype)
-    last = {(s, place): j for s, j, place in used_slots(index, sizes, data.shape[1], *other)}
+    last = {(s, place): j for s, j, place in used_slots(index, sizes, data.shape[1], *paired)}
     for (s, place), j in last.items():
         result[s, j] = data[s, place]
     return result
@@ -93,10 +94,10 @@ def model_of_transfer(data: Tensor, source: Tensor, index: Tensor, sizes: Tensor
 
 
 def model_of_spread(
-    entries: Tensor, index: Tensor, sizes: Tensor, other: Tensor | None, other_width: int, width: int, filler: float
+    entries: Tensor, index: Tensor, sizes: Tensor, paired: Tensor | None, paired_width: int, width: int, filler: float
 ) -> Tensor:
     data = torch.full((entries.shape[0], width, *entries.shape[2:]), filler).to(entries.dtype)
-    return model_of_put(data, entries, index, sizes, other, other_width)
+    return model_of_put(data, entries, index, sizes, paired, paired_width)
 
 
 def model_of_mark(index: Tensor, sizes: Tensor, width: int) -> Tensor:
@@ -116,20 +117,20 @@ def model_of_pad(values: Tensor, begins: Tensor, sizes: Tensor, slots: int) -> T
 
 
 # Of each operator: its model, and calls of either as functions of the inputs by name.
-CALLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple]] = {
-    "gather": (operators.gather, model_of_gather, ("data", "index", "sizes", 0)),
-    "gather-filler": (operators.gather, model_of_gather, ("data", "index", "sizes", 1)),
-    "sum": (operators.add_up, model_of_sum, ("entries", "index", "sizes", W)),
-    "put": (operators.put, model_of_put, ("data", "entries", "index", "sizes", None, 0)),
-    "put-pairs": (operators.put, model_of_put, ("data", "entries", "index", "sizes", "other", 3)),
-    "take": (operators.take, model_of_take, ("data", "index", "sizes", None, 0)),
-    "take-pairs": (operators.take, model_of_take, ("data", "index", "sizes", "other", 3)),
-    "transfer": (operators.transfer, model_of_transfer, ("data", "source", "index", "sizes", "other")),
-    "spread": (operators.spread, model_of_spread, ("entries", "index", "sizes", None, 0, W, 0)),
-    "spread-filler": (operators.spread, model_of_spread, ("entries", "index", "sizes", None, 0, W, 1)),
-    "spread-pairs": (operators.spread, model_of_spread, ("entries", "index", "sizes", "other", 3, W, 1)),
-    "mark": (operators.mark, model_of_mark, ("index", "sizes", W)),
-    "pad": (operators.pad, model_of_pad, ("values", "begins", "lengths", N)),
+CALLS: dict[str, tuple[Operator, Callable[..., Tensor], tuple]] = {
+    "gather": (GATHER, model_of_gather, ("data", "index", "sizes", 0)),
+    "gather-filler": (GATHER, model_of_gather, ("data", "index", "sizes", 1)),
+    "sum": (SUM, model_of_sum, ("entries", "index", "sizes", W)),
+    "put": (PUT, model_of_put, ("data", "entries", "index", "sizes", None, 0)),
+    "put-pairs": (PUT, model_of_put, ("data", "entries", "index", "sizes", "paired", 3)),
+    "take": (TAKE, model_of_take, ("data", "index", "sizes", None, 0)),
+    "take-pairs": (TAKE, model_of_take, ("data", "index", "sizes", "paired", 3)),
+    "transfer": (TRANSFER, model_of_transfer, ("data", "source", "index", "sizes", "paired")),
+    "spread": (SPREAD, model_of_spread, ("entries", "index", "sizes", None, 0, W, 0)),
+    "spread-filler": (SPREAD, model_of_spread, ("entries", "index", "sizes", None, 0, W, 1)),
+    "spread-pairs": (SPREAD, model_of_spread, ("entries", "index", "sizes", "paired", 3, W, 1)),
+    "mark": (MARK, model_of_mark, ("index", "sizes", W)),
+    "pad": (PAD, model_of_pad, ("values", "begins", "lengths", N)),
 }
 each_call = pytest.mark.parametrize("name", CALLS)
 
@@ -200,11 +201,11 @@ def test_layouts(device: str, name: str, dtype: torch.dtype):
 def test_without_samples_slots_or_entries(device: str, name: str):
     whole = inputs(device, torch.float32, 2)
     nothing = dict(whole)
-    for key in "data", "entries", "source", "index", "other", "sizes", "begins", "lengths":
+    for key in "data", "entries", "source", "index", "paired", "sizes", "begins", "lengths":
         nothing[key] = whole[key][:0]
     assert_is_that_of_the_model(name, nothing)
     no_slots = dict(whole)
-    for key in "entries", "index", "other":
+    for key in "entries", "index", "paired":
         no_slots[key] = whole[key][:, :0]
     assert_is_that_of_the_model(name, no_slots)
     no_source = whole | {"source": whole["source"][:, :0]}
@@ -222,8 +223,8 @@ def test_fillers(device: str, filler: float, dtype: torch.dtype):
         return  # no integer
     values = inputs(device, dtype, 3)
     index, sizes = values["index"], torch.zeros_like(values["sizes"])
-    assert same(operators.gather(values["data"], index, sizes, filler), torch.full((S, M, 3), filler, dtype=dtype))
-    spread = operators.spread(values["entries"], index, sizes, None, 0, W, filler)
+    assert same(GATHER(values["data"], index, sizes, filler), torch.full((S, M, 3), filler, dtype=dtype))
+    spread = SPREAD(values["entries"], index, sizes, None, 0, W, filler)
     assert same(spread, torch.full((S, W, 3), filler, dtype=dtype))
 
 
@@ -231,18 +232,22 @@ def test_fillers(device: str, filler: float, dtype: torch.dtype):
 @each_call
 def test_sizes_that_do_not_pay(device: str, name: str):
     """For them kernels give way to PyTorch's operators."""
-    kernels = pytest.importorskip("saccade.ragged.kernels") if served_by_triton(torch.empty(0, device=device)) else None
-    if kernels is None:
+    if not served_by_triton(torch.empty(0, device=device)):
         pytest.skip("nothing is served by kernels")
-    with patch.object(kernels, "_MOST_COMPARISONS", -1):
+    from saccade.ragged import launch
+
+    known = CALLS[name][0].known_calls
+    known.forget()
+    with patch.object(launch, "_MOST_COMPARISONS", -1):
         assert_is_that_of_the_model(name, inputs(device, torch.float32, 3))
+    known.forget()
 
 
 @pytest.mark.interpreted
 def test_one_entry_may_be_pointed_to_by_all_slots(device: str):
     index = torch.full((1, 200), -1, device=device)
     entries = torch.arange(600, device=device).view(1, 200, 3).double()
-    result = operators.add_up(entries, index, torch.tensor([150], device=device), 2)
+    result = SUM(entries, index, torch.tensor([150], device=device), 2)
     assert result.tolist() == [[[0] * 3, entries[0, :150].sum(0).tolist()]]
 
 
@@ -282,7 +287,7 @@ def test_opcheck(device: str, name: str):
     for value in args:
         if isinstance(value, Tensor) and value.is_floating_point():
             value.requires_grad_()
-    torch.library.opcheck(CALLS[name][0].operator, tuple(args))
+    torch.library.opcheck(CALLS[name][0].dispatched, tuple(args))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter is not traced")

@@ -67,6 +67,7 @@ def test_ordinary_tensors():
     with torch.inference_mode():
         assert is_ordinary(torch.ones(3))
         assert not may_be_kept(torch.ones(3))
+        assert not may_be_kept(number)  # what is made beside it belongs to that mode
     with FakeTensorMode():
         fake = torch.ones(3)
     assert not is_ordinary(fake)

@@ -3,8 +3,6 @@
 from saccade import nn, ragged
 from saccade.debug import debug_checks
 from saccade.deformable_aggregation import deformable_aggregation, feature_maps_format
-from saccade.focal_loss import sigmoid_focal_loss, softmax_focal_loss
-from saccade.gaussian_focal_loss import gaussian_focal_loss, gaussian_focal_loss_with_logits
 from saccade.gaussian_heatmap import (
     boxes_to_heatmap,
     draw_heatmap,
@@ -12,6 +10,8 @@ from saccade.gaussian_heatmap import (
     gaussian_radius,
     heatmap_targets,
 )
+from saccade.losses.focal import sigmoid_focal_loss, softmax_focal_loss
+from saccade.losses.gaussian import gaussian_focal_loss, gaussian_focal_loss_with_logits
 from saccade.ragged import RaggedBatch
 
 __version__ = "0.1.0"

@@ -93,6 +93,16 @@ def require_number(name: str, value: Any, *, minimum: float = -math.inf, above: 
     return value
 
 
+def require_whole(name: str, value: Any) -> None:
+    """Raise unless ``value`` is an ``int`` >= 0 of 64 bits."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name}: expected an int >= 0, got {value}")
+    if value >= 2**63:
+        raise ValueError(f"{name}: expected an int of 64 bits, got {value}")
+
+
 def require_bool(name: str, value: Any) -> None:
     """Raise ``TypeError`` unless ``value`` is True or False."""
     if not isinstance(value, bool):

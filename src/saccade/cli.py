@@ -182,7 +182,7 @@ def bench(
     only: Annotated[
         str | None,
         typer.Option(
-            help="One suite, aggregation, losses, heatmap, ragged or demo, or one workload, such as "
+            help="One suite, aggregation, losses, heatmap, ragged, calls or demo, or one workload, such as "
             "aggregation/det-b1. demo trains on 1, 2 and 4 GPUs, and for two minutes on one; it is run only if named.",
             show_default=False,
         ),

@@ -21,15 +21,18 @@ from saccade.triton_dispatch import triton_is_installed
 # Relative error (norm) that a float32 result may have against the float64 reference. A wrong kernel is off by far more.
 TOLERANCE = 1e-5
 
+_FOLDERS = {"focal_loss": "losses.focal", "gaussian_focal_loss": "losses.gaussian"}
+"""Where operators are that have not a folder of their own name."""
+
 
 def backend(operator: str, device_type: str) -> str:
     """What computes an operator on a kind of device: ``"triton"`` or ``"pytorch"``.
 
     Args:
-        operator: Folder of the operator, such as ``"deformable_aggregation"``.
+        operator: One of ``CHECKS``, such as ``"deformable_aggregation"``.
         device_type: ``"cpu"`` or ``"cuda"``.
     """
-    has_kernels = importlib.util.find_spec(f"saccade.{operator}.kernels") is not None
+    has_kernels = importlib.util.find_spec(f"saccade.{_FOLDERS.get(operator, operator)}.kernels") is not None
     return "triton" if device_type == "cuda" and has_kernels and triton_is_installed() else "pytorch"
 
 

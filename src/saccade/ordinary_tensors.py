@@ -34,6 +34,6 @@ def may_be_kept(tensor: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and is_ordinary(tensor)
-        and not tensor.is_inference()
+        and not (tensor.is_inference() or torch.is_inference_mode_enabled())
         and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     )

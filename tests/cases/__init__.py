@@ -26,5 +26,7 @@ class Case:
     inputs: Callable[[], tuple[Any, ...]]
     oracle: Callable[..., Any]
     in_place: bool = False  # the first input is written to, and is the result
+    twice_differentiable: bool = False  # or a second derivative raises
+    operator_on: tuple[str, ...] = ("cpu", "cuda")  # where an operator is called, rather than PyTorch's own
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     tolerances: dict[torch.dtype, float] = field(default_factory=lambda: TOLERANCES)

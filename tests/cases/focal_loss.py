@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cases import Case
-from saccade.focal_loss import sigmoid_focal_loss, softmax_focal_loss
+from saccade.losses.focal import sigmoid_focal_loss, softmax_focal_loss
 
 EPS = 1.1920929e-07  # what mmdet adds to an avg_factor
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cases import Case
 from cases.focal_loss import View, channels_to_the_end, on_views, softplus
-from saccade.gaussian_focal_loss import gaussian_focal_loss, gaussian_focal_loss_with_logits
+from saccade.losses.gaussian import gaussian_focal_loss, gaussian_focal_loss_with_logits
 
 EPS = 1.1920929e-07
 

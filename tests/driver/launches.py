@@ -47,7 +47,7 @@ torch_internals.current_stream = lambda device: STREAM
 
 from test_kernels_compile import CASES, launches_of  # noqa: E402
 
-from saccade.kernel_launch import LaunchedKernel  # noqa: E402
+from saccade.operator.launch import LaunchedKernel  # noqa: E402
 
 through_triton = 0
 run_of_triton = JITFunction.run
@@ -104,8 +104,8 @@ def others_like(argument: Any) -> Any:
 def compare(launch: Launch) -> tuple[list[str], bool]:
     """In what a launch differs from Triton's, and whether it could be prepared, too."""
     options = dict(launch.options)
-    if "OVERLAP" in options:
-        options |= {"OVERLAP": True, "launch_pdl": True}
+    if "PDL" in options:
+        options |= {"PDL": True, "launch_pdl": True}
     given, others = launch.arguments, tuple(map(others_like, launch.arguments))
     sizes = [8 if kind.startswith("*") else SIZES[kind] for kind in kinds(launch, given, options)] + [8, 8]  # scratch
     driver.set_sizes(len(sizes), (ctypes.c_int * len(sizes))(*sizes))

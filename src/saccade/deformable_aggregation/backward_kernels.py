@@ -1,74 +1,49 @@
 """Triton kernels of the gradients of deformable aggregation.
 
-The forward reads rows of features for each point. The backward goes the other way: to each row of features come the
+The forward reads rows of features for each point. The backward turns this round: to each row of features come the
 points that touch it. So every row is read once and its gradient written once, in the dtype that it has, without float
 atomics, without a float32 copy, and with the same bits in every run. Two neighbouring rows are touched together: a
 *record* is the upper or the lower two corners of a point on a level, filed under the first row of the two.
 
-1. `_count_kernel`, a running sum, `_place_kernel`: file the records by row. Integer atomics deal out the places, so
-   `_order_and_split_kernel` then sorts those of each row by their number: a record's place is how many of its row come
+1. `count_kernel`, a running sum, `place_kernel`: file the records by row. Integer atomics deal out the places, so
+   `order_and_split_kernel` then sorts those of each row by their number: a record's place is how many of its row come
    before it.
 2. The same kernel cuts rows and records into windows of equal work, if need be within the records of a row.
-3. `_gather_kernel`, one warp to a window: for each record read the gradient of its anchor's output, add to the
+3. `gather_kernel`, one warp to a window: for each record read the gradient of its anchor's output, add to the
    gradients of the two rows, and take the products with the two rows of features, group by group. Of these products it
    keeps per record what the location and the weights need.
-4. `_join_kernel` sums the few rows that several windows share; `_combine_kernel` puts the two records of each point and
+4. `join_kernel` sums the few rows that several windows share; `combine_kernel` puts the two records of each point and
    level together to the gradients of locations and weights, zeros where nothing is visible.
 
-Scratch memory is bounded by working on some samples of the batch at a time (``samples_at_once``).
+Scratch memory is bounded by working on some samples of the batch at a time (``launch._samples_at_once``).
 
-What bounds it (ncu, H200, 8 samples of 900 anchors x 13 points, 256 channels, float32: 595 us in two halves, floor
-267 us, before two kernels became one): of each half 207 us are the gathering, in which the second-level cache is busy
-by 68 %, main memory by 55 % and the instruction issue by 50 %; 260 instructions a record, a quarter of them for rows
-without records. 27 us are the combining, bound by instructions; the other seven launches take 4 to 14 us each, most of
-it latency.
+What bounds it (ncu, H200, 8 samples of 900 anchors x 13 points, 256 channels, float32: 578 us in two halves, floor
+267 us): of each half 207 us are the gathering, in which the second-level cache is busy by 68 %, main memory by 55 % and
+the instruction issue by 50 %; 260 instructions a record, a quarter of them for rows without records. 27 us are the
+combining, bound by instructions; the launches besides these take 4 to 14 us each, most of it latency.
 
-What else was tried on that workload, in this order:
+What else was tried on that workload, from the slowest to the fastest:
 - Strips of 4 rows to a warp, 4 records at a time: 1284 us; 2 at a time: 1065 us. Hardly any row has more than one
   record on the finest level, some have hundreds on the coarsest: the last strips to finish are waited for.
 - One record at a time, whole runs of 32 or 64 records of one row summed ahead by a kernel of their own: 921 us. Windows
   of equal work made of whole rows in place of strips, and the next record asked for before this one is worked on: 762.
-- Windows that cut through a row's records, so that no runs need be summed ahead: 687 us. More and smaller ones, so that
-  those at work are neighbours in memory: 625 us.
-- Windows that begin with a row work the few records of the row before out again instead of joining: 595 us.
-- Ordering and splitting in one launch: 578 us, and 98 in place of 100 at batch 1.
 - Windows claimed by the multiprocessor that they run on, so that neighbours share its cache: that answered 36 % instead
-  of 24 % of the requests, but 852 us instead of 744 us at that stage.
+  of 24 % of the requests, but took 852 us where windows in their order took 744.
+- Windows that cut through a row's records, so that no runs need be summed ahead, but fewer and larger than these: 687
+  us. Small ones, so that those at work are neighbours in memory, which join every row that two share: 625 us; those
+  here work the few records of the row before out again instead.
+- Ordering and splitting in a launch each: 595 us, and 100 in place of 98 at batch 1.
 """
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from saccade.deformable_aggregation.kernels import (
-    is_visible,
-    load_map,
-    pixel_before,
-    row_columns,
-    row_tile,
-    samples_at_once,
-)
-from saccade.kernel_launch import (
-    TRITON_DTYPE,
-    LaunchedKernel,
-    on_device_of,
-    overlapping,
-    wait_for_kernel_before,
-)
-from saccade.precision import compute_dtype
-
-# Rows of features that a window has on average: enough windows that the last ones to finish leave no GPU idle.
-_ROWS_OF_WINDOW = 22
+from saccade.deformable_aggregation.kernels import is_visible, load_map, pixel_before, row_columns
+from saccade.operator.launch import LaunchedKernel, wait_for_previous_kernel
 
 # Rows with fewer records than this are never divided between windows, and a window that begins with the row after such
 # a one works its records out again rather than wait for what the window before it has to say.
 _FEW = tl.constexpr(8)
-
-# From this many rows or records on, they are counted with 64 bits. Blocks of them may reach beyond the last one.
-_MOST_FOR_32_BITS = 2**31 - 2**10
 
 
 @triton.jit
@@ -77,9 +52,9 @@ def _row_of(level, sample, row, samples, map_rows):
     samples = tl.full([], samples, tl.int64)
     first = samples * map_rows[0]
     result = sample * map_rows[0] + row
-    for other in tl.static_range(1, len(map_rows)):
-        result = tl.where(level == other, first + sample * map_rows[other] + row, result)
-        first += samples * map_rows[other]
+    for later in tl.static_range(1, len(map_rows)):
+        result = tl.where(level == later, first + sample * map_rows[later] + row, result)
+        first += samples * map_rows[later]
     return result
 
 
@@ -90,10 +65,10 @@ def _address_of(maps, row, samples, map_rows, C: tl.constexpr):
     source = maps[0] + row * C
     stop = samples * map_rows[0]
     first = stop
-    for other in tl.static_range(1, len(maps)):
-        source = tl.where(row >= first, maps[other] + (row - first) * C, source)
-        stop = tl.where(row >= first, first + samples * map_rows[other], stop)
-        first += samples * map_rows[other]
+    for later in tl.static_range(1, len(maps)):
+        source = tl.where(row >= first, maps[later] + (row - first) * C, source)
+        stop = tl.where(row >= first, first + samples * map_rows[later], stop)
+        first += samples * map_rows[later]
     return source, stop
 
 
@@ -109,8 +84,8 @@ def _touched_row(x, y, height, width, start, level, lower, map_rows, COMPUTE: tl
         exists: whether one of the corners does.
     """
     rows = map_rows[0]
-    for other in tl.static_range(1, len(map_rows)):
-        rows = tl.where(level == other, map_rows[other], rows)
+    for later in tl.static_range(1, len(map_rows)):
+        rows = tl.where(level == later, map_rows[later], rows)
     j, du = pixel_before(x, width, COMPUTE)
     i, dv = pixel_before(y, height, COMPUTE)
     i += lower
@@ -155,13 +130,13 @@ def _any(flags):
 
 @LaunchedKernel
 @triton.jit
-def _count_kernel(
+def count_kernel(
     spatial_shape, scale_start_index, location, counts, slots, points, points_of_sample, samples, map_rows,
     N: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Count the records of each row."""
-    wait_for_kernel_before(OVERLAP)
+    wait_for_previous_kernel(PDL)
     point, camera, level, record, x, y = _block_of_points(location, points, N, L, BLOCK_L, BLOCK, COMPUTE)
     visible = is_visible(x, y)
     if _any(visible):
@@ -176,13 +151,13 @@ def _count_kernel(
 
 @LaunchedKernel
 @triton.jit
-def _place_kernel(
+def place_kernel(
     spatial_shape, scale_start_index, location, begins, slots, placed, points, points_of_sample, samples, map_rows,
     N: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Put the records of each row side by side, in no particular order."""
-    wait_for_kernel_before(OVERLAP)
+    wait_for_previous_kernel(PDL)
     point, camera, level, record, x, y = _block_of_points(location, points, N, L, BLOCK_L, BLOCK, COMPUTE)
     visible = is_visible(x, y)
     if _any(visible):
@@ -261,13 +236,13 @@ def _split(program, begins, window_rows, window_positions, rows, windows, COST: 
 
 @LaunchedKernel
 @triton.jit
-def _order_and_split_kernel(
+def order_and_split_kernel(
     spatial_shape, scale_start_index, location, begins, placed, ordered, shares, window_rows, window_positions, rows,
     windows, pairs_of_sample, samples, map_rows, N: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
-    COST: tl.constexpr, WINDOWS: tl.constexpr, COMPUTE: tl.constexpr, OVERLAP: tl.constexpr,
+    COST: tl.constexpr, WINDOWS: tl.constexpr, COMPUTE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Order the records of each row, and cut rows and records into windows: one launch for two things to do."""
-    wait_for_kernel_before(OVERLAP)
+    wait_for_previous_kernel(PDL)
     splitting = tl.cdiv(windows + 1, WINDOWS)
     if tl.program_id(0) < splitting:
         _split(tl.program_id(0), begins, window_rows, window_positions, rows, windows, COST, WINDOWS)
@@ -297,7 +272,7 @@ def _load_record(
 
 @triton.jit
 def _shared_rows(begins, first_row, position):
-    """How many rows from its first one on a window shares with others.
+    """How many rows from its first one on a window shares with the windows beside it.
 
     If it begins within a row, this row, and the one after it, to which the row's second corners contribute. If it
     begins with a row, the row before contributes to that: its few records the window works out again, and shares
@@ -310,23 +285,23 @@ def _shared_rows(begins, first_row, position):
 
 @LaunchedKernel
 @triton.jit
-def _gather_kernel(
+def gather_kernel(
     maps, grad_output, weights, begins, ordered, shares, window_rows, window_positions,
     grad_maps, partial, along, across, samples, map_rows,
     PAIRS: tl.constexpr, L: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    NEED_FEATURES: tl.constexpr, NEED_REST: tl.constexpr, COMPUTE: tl.constexpr, OVERLAP: tl.constexpr,
+    NEED_FEATURES: tl.constexpr, NEED_REST: tl.constexpr, COMPUTE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Go through the rows and records of one window.
 
     Of each record, `along` gets the products with what its two rows have at the point's column, group by group, and
     `across` how the sum of these changes along the row.
-    Gradients of rows that no other window has to do with go to `grad_maps`. Of the others, `partial` gets what this
+    Gradients of rows that belong to this window alone go to `grad_maps`. Of shared rows, `partial` gets what this
     window says: in slots 0 and 1 of its first row and the one after it, in slots 2 and 3 of the row where the next
     window begins and the one after that, unless that is one of the first two. Only slots of shared rows are written
     and read.
     """
-    wait_for_kernel_before(OVERLAP)
+    wait_for_previous_kernel(PDL)
     window = tl.program_id(0)
     first_row, last_row = tl.load(window_rows + window), tl.load(window_rows + window + 1)
     position, last = tl.load(window_positions + window), tl.load(window_positions + window + 1)
@@ -402,12 +377,12 @@ def _gather_kernel(
 
 @LaunchedKernel
 @triton.jit
-def _join_kernel(
+def join_kernel(
     begins, window_rows, window_positions, partial, grad_maps, rows, windows, samples, map_rows,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr, COMPUTE: tl.constexpr, OVERLAP: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr, COMPUTE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Sum what windows say of the rows that one shares with others, unless an earlier one shares them too."""
-    wait_for_kernel_before(OVERLAP)
+    """Sum what windows say of the rows that one shares with later ones, unless an earlier one shares them too."""
+    wait_for_previous_kernel(PDL)
     window = tl.program_id(0)
     first = tl.load(window_rows + window)
     shared = _shared_rows(begins, first, tl.load(window_positions + window))
@@ -421,12 +396,12 @@ def _join_kernel(
         total = tl.zeros([1, 2, BLOCK_C], COMPUTE)
         begin = first_before
         while (before < windows) & (begin < first + shared):  # some windows at a time
-            other = before + tl.arange(0, AHEAD)[:, None, None]
-            start = tl.load(window_rows + other, mask=other < windows, other=rows)
-            end = tl.load(window_rows + other + 1, mask=other < windows, other=rows)
+            sharing = before + tl.arange(0, AHEAD)[:, None, None]
+            start = tl.load(window_rows + sharing, mask=sharing < windows, other=rows)
+            end = tl.load(window_rows + sharing + 1, mask=sharing < windows, other=rows)
             slot = tl.where(row <= start + 1, row - start, row - end + 2)  # (AHEAD, 2, 1)
-            says = mine & (other < windows) & (row >= start) & (slot >= 0) & (slot < 4)
-            source = partial + (other.to(tl.int64) * 4 + slot) * C + channel
+            says = mine & (sharing < windows) & (row >= start) & (slot >= 0) & (slot < 4)
+            source = partial + (sharing.to(tl.int64) * 4 + slot) * C + channel
             total += tl.sum(tl.load(source, mask=says & (channel < C), other=0), 0, keep_dims=True)
             before += AHEAD
             begin = tl.load(window_rows + tl.minimum(before, windows))
@@ -436,14 +411,14 @@ def _join_kernel(
 
 @LaunchedKernel
 @triton.jit
-def _combine_kernel(
+def combine_kernel(
     spatial_shape, scale_start_index, location, weights, along, across, grad_location, grad_weights, points, map_rows,
     N: tl.constexpr, L: tl.constexpr, G: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK: tl.constexpr, NEED_LOCATION: tl.constexpr, NEED_WEIGHTS: tl.constexpr, COMPUTE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Put together what the two records of a point on a level say of it."""
-    wait_for_kernel_before(OVERLAP)
+    wait_for_previous_kernel(PDL)
     camera = tl.program_id(0) % N
     point = (tl.program_id(0) // N).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None, None]  # (BLOCK, 1, 1)
     pair = point * N + camera
@@ -482,94 +457,3 @@ def _combine_kernel(
         target = grad_location + pair * 2
         tl.store(target, tl.sum(grad_x, 1, keep_dims=True).to(grad_location.dtype.element_ty), mask=mask)
         tl.store(target + 1, tl.sum(grad_y, 1, keep_dims=True).to(grad_location.dtype.element_ty), mask=mask)
-
-
-def deformable_aggregation_backward(
-    grad_output: Tensor,  # (B, A, C)
-    maps: Sequence[Tensor],  # one (B, S, C), or for each level (B, rows of the level, C)
-    spatial_shape: Tensor,  # (N, L, 2)
-    scale_start_index: Tensor,  # (N, L), rows within the map that holds the level
-    sampling_location: Tensor,  # (B, A, K, N, 2)
-    weights: Tensor,  # (B, A, K, N, L, G)
-    needed: Sequence[bool],  # features, locations, weights
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Gradients of maps, locations and weights; an empty tensor for one that is not needed."""
-    batch, anchors, points, cameras, levels, groups = weights.shape
-    channels = maps[0].shape[2]
-    need_features, need_location, need_weights = needed
-    need_rest = need_location or need_weights
-    dtype = compute_dtype(maps[0], sampling_location, weights)
-    grad_maps = [m.new_empty(m.shape if need_features else 0) for m in maps]
-    grad_location = sampling_location.new_empty(sampling_location.shape if need_location else 0)
-    grad_weights = weights.new_empty(weights.shape if need_weights else 0)
-
-    maps, grad_output = [m.contiguous() for m in maps], grad_output.contiguous()
-    sampling_location, weights = sampling_location.contiguous(), weights.contiguous()
-    of_maps = (spatial_shape.contiguous(), scale_start_index.contiguous())
-    map_rows = tuple(m.shape[1] for m in maps)
-    of_sample = anchors * points * cameras * levels * 2  # records
-    windows_of_sample = triton.cdiv(sum(map_rows), _ROWS_OF_WINDOW)
-    bytes_of_record = 2 * 4 + dtype.itemsize * (3 + (groups + 1 if need_rest else 0))
-    bytes_of_rows = sum(map_rows) * 2 * 4 + (windows_of_sample * 4 * channels * dtype.itemsize if need_features else 0)
-    at_once = samples_at_once(maps, weights, of_sample * bytes_of_record + bytes_of_rows)
-    most_records, most_rows = at_once * of_sample, at_once * sum(map_rows)
-    index = torch.int32 if max(most_records, most_rows) < _MOST_FOR_32_BITS else torch.int64
-    windows = at_once * windows_of_sample
-
-    new_empty = maps[0].new_empty
-    counts = new_empty(most_rows + 1, dtype=torch.int32)
-    placed, ordered = new_empty(most_records, dtype=index), new_empty(most_records, dtype=index)
-    shares = new_empty(most_records, 3, dtype=dtype)
-    along = new_empty(most_records if need_rest else 0, groups, dtype=dtype)
-    across = new_empty(most_records if need_rest else 0, dtype=dtype)
-    window_rows, window_positions = new_empty(windows + 1, dtype=index), new_empty(windows + 1, dtype=index)
-    partial = new_empty(windows if need_features else 0, 4, channels, dtype=dtype)
-
-    block_l, block_g = triton.next_power_of_2(levels), triton.next_power_of_2(groups)
-    few_points = max(1, min(8, 512 // (block_l * block_g)))  # as many as registers hold
-    overlap = overlapping(grad_output.device)
-    of_points = dict(N=cameras, L=levels, COMPUTE=TRITON_DTYPE[dtype], enable_fp_fusion=False, **overlap)
-    for b in range(0, batch, at_once):
-        samples = min(at_once, batch - b)
-        rows, of_batch = samples * sum(map_rows), samples * anchors * points
-        location, weight = sampling_location[b:], weights[b:]
-        maps_here = tuple(m[b:] for m in maps)
-        grads_here = tuple(grad[b:] for grad in grad_maps) if need_features else maps_here  # which are not written
-        blocks = (triton.cdiv(of_batch, 32) * cameras,)
-        sizes = (of_batch, anchors * points, samples, map_rows)
-        with on_device_of(grad_output):
-            counts.zero_()
-            slots = ordered  # which is not in use yet
-            _count_kernel[blocks](
-                *of_maps, location, counts, slots, *sizes, BLOCK_L=block_l, BLOCK=32, **of_points, num_warps=2
-            )
-            begins = torch.cumsum(counts[: rows + 1], 0, dtype=index)
-            _place_kernel[blocks](
-                *of_maps, location, begins, slots, placed, *sizes, BLOCK_L=block_l, BLOCK=32, **of_points, num_warps=4
-            )
-            ordering = min(triton.cdiv(samples * of_sample, 128), 2048)
-            _order_and_split_kernel[(triton.cdiv(windows + 1, 4) + ordering,)](
-                *of_maps, location, begins, placed, ordered, shares, window_rows, window_positions, rows, windows,
-                anchors * points * cameras, samples, map_rows, BLOCK=128, COST=3, WINDOWS=4, **of_points,
-            )  # fmt: skip
-            _gather_kernel[(windows,)](
-                maps_here, grad_output[b:], weight, begins, ordered, shares, window_rows, window_positions,
-                grads_here, partial, along, across, samples, map_rows,
-                PAIRS=points * cameras, L=levels, G=groups, C=channels,
-                **row_tile(channels, groups, maps[0].element_size()),
-                NEED_FEATURES=need_features, NEED_REST=need_rest, COMPUTE=TRITON_DTYPE[dtype], num_warps=1,
-                **overlap,
-            )  # fmt: skip
-            if need_features:
-                _join_kernel[(windows,)](
-                    begins, window_rows, window_positions, partial, grads_here, rows, windows, samples, map_rows,
-                    C=channels, BLOCK_C=triton.next_power_of_2(channels), AHEAD=2, COMPUTE=TRITON_DTYPE[dtype],
-                    num_warps=1, **overlap,
-                )  # fmt: skip
-            if need_rest:
-                _combine_kernel[(triton.cdiv(of_batch, few_points) * cameras,)](
-                    *of_maps, location, weight, along, across, grad_location[b:], grad_weights[b:], of_batch, map_rows,
-                    G=groups, BLOCK_L=block_l, BLOCK_G=block_g, BLOCK=few_points,
-                    NEED_LOCATION=need_location, NEED_WEIGHTS=need_weights, **of_points, num_warps=2,
-                )  # fmt: skip
-    return grad_maps, grad_location, grad_weights

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from saccade.argument_checks import require_floating, require_integer, require_shape
+from saccade.operator.declaration import Operator
+from saccade.operator.gradients import Gradient
 from saccade.operator.torch_internals import may_have_been_written_to, weak_tensor_keys
 from saccade.ordinary_tensors import may_be_kept
-from saccade.registration import Gradient, register, register_autograd
-from saccade.triton_dispatch import served_by_triton
 
 _Sizes = tuple[tuple[int, int], ...]  # (height, width) of each of the L maps of a camera
 
@@ -69,7 +69,7 @@ def feature_maps_format(feature_maps: Any, inverse: bool = False) -> Any:
     groups = feature_maps if isinstance(feature_maps[0], (list, tuple)) else [feature_maps]
     check_groups(groups)
     levels, flat = len(groups[0]), [feature for maps in groups for feature in maps]
-    rows = torch.ops.saccade.feature_maps_format(levels, flat)
+    rows = FEATURE_MAPS_FORMAT(levels, flat)
     return [rows, *index_tensors(cameras_of(levels, flat), rows)]
 
 
@@ -161,7 +161,7 @@ def _to_maps(triple: Any) -> list[list[Tensor]]:
     return maps_of(rows, [(len(list(run)), sizes) for sizes, run in groupby(cameras)])
 
 
-def _blocks(rows: Tensor, cameras: Sequence[tuple[int, _Sizes]]) -> list[Tensor]:
+def blocks_of(rows: Tensor, cameras: Sequence[tuple[int, _Sizes]]) -> list[Tensor]:
     """Views (B, N, pixels of a camera, C) of rows (B, S, C), one for each group of cameras."""
     blocks, base = [], 0
     for number, sizes in cameras:
@@ -174,28 +174,36 @@ def _blocks(rows: Tensor, cameras: Sequence[tuple[int, _Sizes]]) -> list[Tensor]
 def maps_of(rows: Tensor, cameras: Sequence[tuple[int, _Sizes]]) -> list[list[Tensor]]:
     """Views (B, N, C, H_l, W_l) of rows (B, S, C), a list for each group of cameras."""
     groups = []
-    for block, (_, sizes) in zip(_blocks(rows, cameras), cameras, strict=True):
+    for block, (_, sizes) in zip(blocks_of(rows, cameras), cameras, strict=True):
         parts = block.split([height * width for height, width in sizes], 2)
         groups.append([p.unflatten(2, size).permute(0, 1, 4, 2, 3) for p, size in zip(parts, sizes, strict=True)])
     return groups
 
 
-def _forward(levels: int, feature_maps: Sequence[Tensor]) -> Tensor:
-    rows = _forward_fake(levels, feature_maps)
-    # Maps that are channels-last in memory are rows already: what is left is a copy.
-    transpose = served_by_triton(rows) and all(feature.is_contiguous() for feature in feature_maps)
-    for number, block in enumerate(_blocks(rows, cameras_of(levels, feature_maps))):
-        maps = feature_maps[number * levels : (number + 1) * levels]
-        if transpose:
-            from saccade.deformable_aggregation.formatting_kernels import format_rows
+def as_rows(feature_maps: Sequence[Tensor]) -> list[Tensor]:
+    """Of each map (B, N, C, H, W) its pixels as rows (B, N * H * W, C), a view if it is channels-last."""
+    return [feature.permute(0, 1, 3, 4, 2).flatten(1, 3) for feature in feature_maps]
 
-            format_rows(maps, block)
-        else:
-            torch.cat([feature.permute(0, 1, 3, 4, 2).flatten(2, 3) for feature in maps], 2, out=block)
+
+def as_maps(rows: Sequence[Tensor], feature_maps: Sequence[Tensor]) -> list[Tensor]:
+    """Views (B, N, C, H, W), channels-last in memory, of (B, N * H * W, C)."""
+    return [
+        r.unflatten(1, (feature.shape[1], *feature.shape[3:])).permute(0, 1, 4, 2, 3)
+        for r, feature in zip(rows, feature_maps, strict=True)
+    ]
+
+
+def _reference(levels: int, feature_maps: Sequence[Tensor]) -> Tensor:
+    """Maps that are channels-last in memory are rows already: of these, this is a copy."""
+    rows = new_rows(levels, feature_maps)
+    for number, block in enumerate(blocks_of(rows, cameras_of(levels, feature_maps))):
+        maps = feature_maps[number * levels : (number + 1) * levels]
+        torch.cat([feature.permute(0, 1, 3, 4, 2).flatten(2, 3) for feature in maps], 2, out=block)
     return rows
 
 
-def _forward_fake(levels: int, feature_maps: Sequence[Tensor]) -> Tensor:
+def new_rows(levels: int, feature_maps: Sequence[Tensor]) -> Tensor:
+    """Room for rows of maps, in the dtype that these promote to."""
     batch, _, channels, _, _ = feature_maps[0].shape
     pixels = sum(
         number * height * width for number, sizes in cameras_of(levels, feature_maps) for height, width in sizes
@@ -204,23 +212,23 @@ def _forward_fake(levels: int, feature_maps: Sequence[Tensor]) -> Tensor:
     return feature_maps[0].new_empty(batch, pixels, channels, dtype=dtype)
 
 
-class _FeatureMapsFormat(Gradient):
-    @staticmethod
-    def save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
-        levels, *feature_maps = args
-        ctx.cameras = cameras_of(levels, feature_maps)
-        ctx.dtypes = [feature.dtype for feature in feature_maps]
-
-    @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-        """Views of the incoming gradient: the format is linear, and can be differentiated again."""
-        gradients = [gradient for group in maps_of(grad_rows, ctx.cameras) for gradient in group]
-        needed = ctx.needs_input_grad[1:]
-        return None, *(
-            gradient.to(dtype) if need else None
-            for gradient, dtype, need in zip(gradients, ctx.dtypes, needed, strict=True)
-        )
+def _save(levels: int, feature_maps: Sequence[Tensor]) -> dict[str, Any]:
+    return {"cameras": cameras_of(levels, feature_maps), "dtypes": [feature.dtype for feature in feature_maps]}
 
 
-register("feature_maps_format(int levels, Tensor[] feature_maps) -> Tensor", _forward, _forward_fake)
-register_autograd("feature_maps_format", _FeatureMapsFormat)
+def _backward(
+    needed: Sequence[str], grad_rows: Tensor, cameras: _Cameras, dtypes: Sequence[torch.dtype]
+) -> dict[str, list[Tensor]]:
+    """Views of the incoming gradient: the format is linear, and can be differentiated again."""
+    gradients = [gradient for group in maps_of(grad_rows, cameras) for gradient in group]
+    return {"feature_maps": [gradient.to(dtype) for gradient, dtype in zip(gradients, dtypes, strict=True)]}
+
+
+FEATURE_MAPS_FORMAT = Operator(
+    "feature_maps_format(int levels, Tensor[] feature_maps) -> Tensor",
+    fake=new_rows,
+    reference=_reference,
+    kernels="saccade.deformable_aggregation.launch:prepare_format",
+    nonempty=("feature_maps",),
+    gradient=Gradient(of=("feature_maps",), save=_save, backward=_backward),
+)

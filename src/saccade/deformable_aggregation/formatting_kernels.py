@@ -1,4 +1,4 @@
-"""Triton kernel of ``feature_maps_format`` and its launcher: maps with pixels innermost become rows of channels.
+"""Triton kernel of ``feature_maps_format``: maps with pixels innermost become rows of channels.
 
 A tiled transpose. In memory a map of one camera is a matrix of C channels x H * W pixels, its rows of the result one of
 pixels x channels. Each program reads one tile of such a matrix along the pixels and writes it along the channels, both
@@ -8,22 +8,15 @@ program number says image, level and tile. The channel tiles of the same pixels 
 rows are written at about the same time.
 """
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from saccade.kernel_launch import LaunchedKernel, on_device_of
-
-# Enough in flight to keep the memory busy, with room for several programs on a multiprocessor.
-_TILE_BYTES = 16384
-_MOST_TILE_CHANNELS = 64
+from saccade.operator.launch import LaunchedKernel
 
 
 @LaunchedKernel
 @triton.jit(do_not_specialize=["batch_rows"])
-def _format_kernel(
+def format_kernel(
     maps,  # L of (B, N, C, area of the level)
     areas,  # L pixel counts
     rows,  # (B, N, pixels of a camera, C)
@@ -33,6 +26,7 @@ def _format_kernel(
     TILE_PIXELS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
 ):
+    """Write the rows of one group of cameras."""
     camera_tiles = 0  # of one camera, over all levels; as if it had a single tile of channels
     camera_rows = tl.full((), 0, tl.int64)
     for level in tl.static_range(len(areas)):
@@ -61,32 +55,3 @@ def _format_kernel(
             tl.store(target + pixel.to(tl.int64) * CHANNELS + channel, values.to(rows.dtype.element_ty), mask)
         tile -= level_tiles
         level_row += area
-
-
-def format_rows(maps: Sequence[Tensor], rows: Tensor) -> None:
-    """Write the rows of one group of cameras.
-
-    Args:
-        maps: L contiguous maps (B, N, C, H_l, W_l).
-        rows: (B, N, sum of H_l * W_l, C) to write to; each batch element contiguous.
-    """
-    if rows.numel() == 0:
-        return
-    batch, cameras, _, channels = rows.shape
-    tile_channels = min(triton.next_power_of_2(channels), _MOST_TILE_CHANNELS)
-    tile_pixels = _TILE_BYTES // rows.element_size() // tile_channels
-    areas = tuple(feature.shape[3] * feature.shape[4] for feature in maps)
-    tiles = sum(triton.cdiv(area, tile_pixels) for area in areas) * triton.cdiv(channels, tile_channels)
-    with on_device_of(rows):
-        _format_kernel[(batch * cameras * tiles,)](
-            tuple(maps),
-            areas,
-            rows,
-            rows.stride(0) // channels,
-            CAMERAS=cameras,
-            CHANNELS=channels,
-            TILE_PIXELS=tile_pixels,
-            TILE_CHANNELS=tile_channels,
-            # For each level of another dtype there is code with registers of its own.
-            num_warps=4 if len({feature.dtype for feature in maps}) == 1 else 8,
-        )

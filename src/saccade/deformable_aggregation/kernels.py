@@ -10,12 +10,12 @@ What bounds it (ncu, H200, 8 samples of 900 anchors x 13 points, 256 channels, f
 the corners are 1.5 GB of rows, of which the first-level cache answers 37 %. The rest takes 77 % of what the
 second-level cache can deliver; main memory is busy by 48 %, the instruction issue by 44 %.
 
-At batch 1 listing and launching weigh more: 29.3 us; 27.7 to 28.4 since a segment's cameras are asked at once which of
-them see it, and 27.2 to 28.9 since a launch is made ready while the one before it ends (``kernel_launch.overlapping``).
+At batch 1, with 27.2 to 28.9 us, listing and launching weigh more: so a segment's cameras are asked at once which of
+them see it, and every launch is a dependent one (``operator.launch.dependent_launch``).
 
 What else was tried on that workload, all kernels together:
 - One warp for an anchor or a part of it that looks for its visible points itself: 176 us. The list halves the
-  instructions; asking for the next listed sample before waiting for this one's features hides the way to the list.
+  instructions; asking for the next listed sample before waiting for this one's features hides the latency of the list.
 - A block of warps that lists its visible points in registers: 170 us, but far slower with many points (660 us against
   362 us on 100 anchors x 300 points), as all warps wait for each other at every step.
 - Anchors in the order of the camera and the column that they look at, one to a warp: the first-level cache answers
@@ -23,36 +23,13 @@ What else was tried on that workload, all kernels together:
 - Two samples of a warp at a time: 258 us. Registers in flight are what a multiprocessor runs out of.
 - A program for each camera of a segment, in place of a loop over cameras: 173 us, at batch 1 28.1 in place of 27.6.
 - Numbers of listed samples read in pairs, 64 bits at a time: 157 us, at batch 1 28.2 in place of 27.7.
+- A segment's cameras asked one by one: at batch 1 29.3 us in place of 27.7 to 28.4, both without dependent launches.
 """
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from saccade.kernel_launch import (
-    TRITON_DTYPE,
-    LaunchedKernel,
-    on_device_of,
-    overlapping,
-    wait_for_kernel_before,
-)
-from saccade.precision import compute_dtype
-
-# By bytes of a feature: key points whose samples are listed together; warps that share an anchor's samples; and how
-# many programs are enough, so that one sums all of an anchor's segments. What was fastest on an H200.
-_SEGMENT = {2: 8, 4: 32, 8: 32}
-_WARPS = {2: 2, 4: 8, 8: 8}
-_ENOUGH_PROGRAMS = {2: 16384, 4: 8192, 8: 8192}
-
-# Scratch memory, forward and backward: an eighth of what features and weights and their gradients take, or this much;
-# and where one sample of the batch needs more, as much as that.
-_SCRATCH_SHARE, _SCRATCH_BYTES = 0.125, 200 << 20
-
-# So that four blocks of eight warps fit on a multiprocessor; AMD's compiler has no such option.
-_REGISTERS = {} if torch.version.hip else {"maxnreg": 56}
+from saccade.operator.launch import LaunchedKernel, wait_for_previous_kernel
 
 
 @triton.jit
@@ -97,7 +74,7 @@ def row_columns(G: tl.constexpr, C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G
 
 @triton.jit
 def _seeing_cameras(location, point, K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr):
-    """One bit for each camera: whether it sees one of the points, told at once rather than camera by camera.
+    """One bit for each camera: whether it sees one of the points, found at once rather than camera by camera.
 
     BLOCK_N is 64 at most. Cameras that share a bit, as they are more, all have it if one of them sees a point.
     """
@@ -115,19 +92,19 @@ def _seeing_cameras(location, point, K: tl.constexpr, N: tl.constexpr, BLOCK_N: 
 
 @LaunchedKernel
 @triton.jit
-def _plan_kernel(
-    spatial_shape, scale_start_index, location, counts, wheres, shares, map_rows,
+def plan_kernel(
+    spatial_shape, scale_start_index, location, counts, corner_rows, shares, map_rows,
     K: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
-    SEGMENT: tl.constexpr, COMPUTE: tl.constexpr, OVERLAP: tl.constexpr,
+    SEGMENT: tl.constexpr, COMPUTE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """List the samples of one segment of an anchor's key points: of the cameras that see it, on every level.
 
-    Of each sample, in `wheres`: row of its upper left corner; rows from there to the corner below; and the number of
-    its weight within the anchor, times two, plus the rows to the corner beside, 0 or 1 (or -1 if it has no corner). The
-    fourth column is left, so that entries are 16 bytes. In `shares`: those of the four corners, -1 for one that does
-    not exist.
+    Of each sample, in `corner_rows`: row of its upper left corner; rows from there to the corner below; and the number
+    of its weight within the anchor, times two, plus the rows to the corner beside, 0 or 1 (or -1 if it has no corner).
+    The fourth column is left, so that entries are 16 bytes. In `shares`: those of the four corners, -1 for one that
+    does not exist.
     """
-    wait_for_kernel_before(OVERLAP)
+    wait_for_previous_kernel(PDL)
     segment = tl.program_id(0).to(tl.int64)
     SEGMENTS: tl.constexpr = (K + SEGMENT - 1) // SEGMENT
     point = (segment % SEGMENTS).to(tl.int32) * SEGMENT + tl.arange(0, SEGMENT)[:, None]  # (SEGMENT, 1)
@@ -146,8 +123,8 @@ def _plan_kernel(
             rank = tl.cumsum(flag, 0) - flag
             height, width, start = load_map(spatial_shape, scale_start_index, camera * L + level, level < L)
             rows = map_rows[0]
-            for other in tl.static_range(1, len(map_rows)):
-                rows = tl.where(level == other, map_rows[other], rows)
+            for later in tl.static_range(1, len(map_rows)):
+                rows = tl.where(level == later, map_rows[later], rows)
             j, du = pixel_before(x, width, COMPUTE)  # (SEGMENT, L)
             i, dv = pixel_before(y, height, COMPUTE)
             left, right = (j >= 0) & (j < width), (j + 1 >= 0) & (j + 1 < width)
@@ -172,20 +149,22 @@ def _plan_kernel(
                 tl.store(shares + entry + corner, tl.where(exists, share, -1), mask=mask)
                 corners += exists.to(tl.int32)
             which = tl.where(
-                corners > 0, ((pair.to(tl.int64) * L + level) * 2 + across).to(wheres.dtype.element_ty), -1
+                corners > 0, ((pair.to(tl.int64) * L + level) * 2 + across).to(corner_rows.dtype.element_ty), -1
             )
-            tl.store(wheres + entry, tl.where(corners > 0, row, 0).to(wheres.dtype.element_ty), mask=mask)
-            tl.store(wheres + entry + 1, tl.where(corners > 0, down, 0).to(wheres.dtype.element_ty), mask=mask)
-            tl.store(wheres + entry + 2, which, mask=mask)
+            tl.store(corner_rows + entry, tl.where(corners > 0, row, 0).to(corner_rows.dtype.element_ty), mask=mask)
+            tl.store(
+                corner_rows + entry + 1, tl.where(corners > 0, down, 0).to(corner_rows.dtype.element_ty), mask=mask
+            )
+            tl.store(corner_rows + entry + 2, which, mask=mask)
             total += seen * L
     tl.store(counts + segment, total)
 
 
 @triton.jit
-def _load_sample(wheres, shares, entry, exists):
-    row = tl.load(wheres + entry * 4, mask=exists, other=0).to(tl.int64)
-    down = tl.load(wheres + entry * 4 + 1, mask=exists, other=0)
-    which = tl.load(wheres + entry * 4 + 2, mask=exists, other=-1)
+def _load_sample(corner_rows, shares, entry, exists):
+    row = tl.load(corner_rows + entry * 4, mask=exists, other=0).to(tl.int64)
+    down = tl.load(corner_rows + entry * 4 + 1, mask=exists, other=0)
+    which = tl.load(corner_rows + entry * 4 + 2, mask=exists, other=-1)
     s00, s01 = (
         tl.load(shares + entry * 4, mask=exists, other=-1),
         tl.load(shares + entry * 4 + 1, mask=exists, other=-1),
@@ -197,14 +176,14 @@ def _load_sample(wheres, shares, entry, exists):
 
 @LaunchedKernel
 @triton.jit
-def _aggregate_kernel(
-    maps, weights, counts, wheres, shares, output, anchors, parts, map_rows,
+def aggregate_kernel(
+    maps, weights, counts, corner_rows, shares, output, anchors, parts, map_rows,
     K: tl.constexpr, N: tl.constexpr, L: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-    SEGMENT: tl.constexpr, WARPS: tl.constexpr, COMPUTE: tl.constexpr, OVERLAP: tl.constexpr,
+    SEGMENT: tl.constexpr, WARPS: tl.constexpr, COMPUTE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sum the listed samples of an anchor, or of one of `parts` parts of its segments; each warp takes some."""
-    wait_for_kernel_before(OVERLAP)
+    wait_for_previous_kernel(PDL)
     SEGMENTS: tl.constexpr = (K + SEGMENT - 1) // SEGMENT
     part = tl.program_id(0) % parts
     anchor = (tl.program_id(0) // parts).to(tl.int64)
@@ -218,7 +197,7 @@ def _aggregate_kernel(
     for segment in range(part * SEGMENTS // parts, (part + 1) * SEGMENTS // parts):
         count = tl.load(counts + anchor * SEGMENTS + segment)
         begin = (anchor * SEGMENTS + segment) * (SEGMENT * N * L)
-        row, down, which, s00, s01, s10, s11 = _load_sample(wheres, shares, begin + warp, warp < count)
+        row, down, which, s00, s01, s10, s11 = _load_sample(corner_rows, shares, begin + warp, warp < count)
         for first in range(0, count, WARPS):
             weight = tl.load(from_weights + (which // 2).to(tl.int64) * G, mask=(group < G) & (which >= 0), other=0).to(
                 COMPUTE
@@ -237,7 +216,7 @@ def _aggregate_kernel(
             f11 = tl.load(source + across, mask=in_row & (s11 >= 0), other=0).to(COMPUTE)
             w00, w01, w10, w11 = weight * s00, weight * s01, weight * s10, weight * s11
             after = first + WARPS + warp  # asked for before these features are waited for
-            row, down, which, s00, s01, s10, s11 = _load_sample(wheres, shares, begin + after, after < count)
+            row, down, which, s00, s01, s10, s11 = _load_sample(corner_rows, shares, begin + after, after < count)
             total = tl.fma(f00, w00, total)
             total = tl.fma(f01, w01, total)
             total = tl.fma(f10, w10, total)
@@ -248,78 +227,11 @@ def _aggregate_kernel(
 
 @LaunchedKernel
 @triton.jit
-def _sum_parts_kernel(sums, output, size, parts, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    wait_for_kernel_before(OVERLAP)
+def sum_parts_kernel(sums, output, size, parts, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Add up the sums of the parts of each anchor, in their order."""
+    wait_for_previous_kernel(PDL)
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(sums + element, mask=element < size, other=0)
     for part in range(1, parts):
         total += tl.load(sums + part * size + element, mask=element < size, other=0)
     tl.store(output + element, total.to(output.dtype.element_ty), mask=element < size)
-
-
-def row_tile(channels: int, groups: int, itemsize: int) -> dict[str, int]:
-    """How one warp reads a row of features: each thread 16 bytes at a time of the channels of one group."""
-    block_g, block_c = triton.next_power_of_2(groups), triton.next_power_of_2(channels // groups)
-    at_once = min(block_c, 16 // itemsize * max(1, 32 // block_g))
-    return dict(BLOCK_H=block_c // at_once, BLOCK_G=block_g, BLOCK_C=at_once)
-
-
-def samples_at_once(maps: Sequence[Tensor], weights: Tensor, bytes_of_sample: int) -> int:
-    """How many samples of the batch are worked on at a time, so that scratch memory stays within bounds."""
-    batch = weights.shape[0]
-    budget = max(_SCRATCH_BYTES, int(_SCRATCH_SHARE * 2 * (sum(m.nbytes for m in maps) + weights.nbytes)))
-    at_most = max(1, min(batch, budget // bytes_of_sample))
-    return triton.cdiv(batch, triton.cdiv(batch, at_most))  # in equal parts
-
-
-def deformable_aggregation(
-    maps: Sequence[Tensor],  # one (B, S, C), or for each level (B, rows of the level, C)
-    spatial_shape: Tensor,  # (N, L, 2)
-    scale_start_index: Tensor,  # (N, L), rows within the map that holds the level
-    sampling_location: Tensor,  # (B, A, K, N, 2)
-    weights: Tensor,  # (B, A, K, N, L, G)
-) -> Tensor:  # (B, A, C)
-    """See ``saccade.deformable_aggregation``."""
-    batch, anchors, points, cameras, levels, groups = weights.shape
-    channels, itemsize = maps[0].shape[2], maps[0].element_size()
-    dtype = compute_dtype(maps[0], sampling_location, weights)
-    output = maps[0].new_empty(batch, anchors, channels)
-    maps, of_maps = [m.contiguous() for m in maps], (spatial_shape.contiguous(), scale_start_index.contiguous())
-    sampling_location, weights = sampling_location.contiguous(), weights.contiguous()
-    map_rows = tuple(m.shape[1] for m in maps)
-    few = max(*map_rows, points * cameras * levels) < 2**30  # few enough that 32 bits count them
-    row_dtype = torch.int32 if few else torch.int64
-
-    segment, warps = min(_SEGMENT[itemsize], triton.next_power_of_2(points)), _WARPS[itemsize]
-    segments = triton.cdiv(points, segment)
-    listed = anchors * segments * segment * cameras * levels  # of a sample of the batch, at most
-    at_once = samples_at_once(maps, weights, listed * 4 * (row_dtype.itemsize + dtype.itemsize))
-    parts = max(1, min(segments, _ENOUGH_PROGRAMS[itemsize] // (at_once * anchors)))
-    new_empty = maps[0].new_empty
-    counts = new_empty(at_once * anchors * segments, dtype=torch.int32)
-    wheres, shares = (new_empty(at_once * listed, 4, dtype=kind) for kind in (row_dtype, dtype))
-    sums = new_empty(parts if parts > 1 else 0, at_once, anchors, channels, dtype=dtype)
-
-    tile = row_tile(channels, groups, itemsize)
-    fits = dtype == torch.float32 and itemsize == 4 and tile["BLOCK_H"] * tile["BLOCK_G"] * tile["BLOCK_C"] <= 256
-    fits &= groups <= 128  # the addresses of so many weights take registers, too
-    overlap = overlapping(output.device)
-    of_points = dict(K=points, N=cameras, L=levels, SEGMENT=segment, COMPUTE=TRITON_DTYPE[dtype], **overlap)
-    for b in range(0, batch, at_once):
-        of_chunk = min(at_once, batch - b) * anchors
-        target = output[b : b + at_once]
-        with on_device_of(output):
-            _plan_kernel[(of_chunk * segments,)](
-                *of_maps, sampling_location[b:], counts, wheres, shares, map_rows,
-                BLOCK_N=min(64, triton.next_power_of_2(cameras)), BLOCK_L=triton.next_power_of_2(levels), **of_points,
-                num_warps=1, enable_fp_fusion=False,
-            )  # fmt: skip
-            _aggregate_kernel[(of_chunk * parts,)](
-                tuple(m[b:] for m in maps), weights[b:], counts, wheres, shares, sums if parts > 1 else target,
-                anchors, parts, map_rows, G=groups, C=channels, **tile, WARPS=warps, **of_points,
-                num_warps=warps, **(_REGISTERS if fits else {}),
-            )  # fmt: skip
-            if parts > 1:
-                grid = (triton.cdiv(target.numel(), 1024),)
-                _sum_parts_kernel[grid](sums, target, target.numel(), parts, BLOCK=1024, **overlap)
-    return output

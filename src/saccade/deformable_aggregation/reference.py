@@ -4,12 +4,21 @@ Every visible point touches four pixels on each level. So the whole operator is 
 its gradients are that sum turned around: ``_Samples`` says which rows with which coefficients, the rest adds them up.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.deformable_aggregation.formatting import (
+    FEATURE_MAPS_FORMAT,
+    as_maps,
+    as_rows,
+    cameras_of,
+    index_tensors,
+    maps_of,
+)
 from saccade.precision import compute_dtype
 
 
@@ -75,22 +84,34 @@ def _coefficients(samples: _Samples, weights: Tensor, corner: tuple[Tensor, ...]
     return torch.where(samples.inside[corner][:, None], product, 0)
 
 
+def _as_rows(
+    feature_maps: Sequence[Tensor], spatial_shape: Tensor | None, scale_start_index: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, S, C) rows, and where each map lies in them, (N, L, 2) and (N, L) int64."""
+    if spatial_shape is None or scale_start_index is None:
+        rows = FEATURE_MAPS_FORMAT(len(feature_maps), feature_maps)
+        return rows, *index_tensors(cameras_of(len(feature_maps), feature_maps), rows)
+    return feature_maps[0], spatial_shape.long(), scale_start_index.long()
+
+
 def deformable_aggregation(
-    feature_maps: Tensor,  # (B, S, C)
-    spatial_shape: Tensor,  # (N, L, 2)
-    scale_start_index: Tensor,  # (N, L)
+    feature_maps: Sequence[Tensor],  # one (B, S, C), or L of (B, N, C, H, W)
+    spatial_shape: Tensor | None,  # (N, L, 2) with one
+    scale_start_index: Tensor | None,  # (N, L) with one
     sampling_location: Tensor,  # (B, A, K, N, 2)
     weights: Tensor,  # (B, A, K, N, L, G)
 ) -> Tensor:  # (B, A, C)
     """See ``saccade.deformable_aggregation``."""
-    batch, pixels, channels = feature_maps.shape
+    rows, spatial_shape, scale_start_index = _as_rows(feature_maps, spatial_shape, scale_start_index)
+    batch, pixels, channels = rows.shape
     anchors, groups = weights.shape[1], weights.shape[-1]
-    dtype = compute_dtype(feature_maps, sampling_location, weights)
-    spatial_shape, scale_start_index = spatial_shape.long(), scale_start_index.long()
-    output = feature_maps.new_zeros(batch, anchors, channels)
+    dtype = compute_dtype(rows, sampling_location, weights)
+    output = rows.new_zeros(batch, anchors, channels)
+    if rows.numel() == 0 or weights.numel() == 0:
+        return output
     for b in range(batch):
         samples = _samples(pixels, spatial_shape, scale_start_index, sampling_location[b].to(dtype))
-        features, corner = _touched(samples, feature_maps[b].to(dtype))
+        features, corner = _touched(samples, rows[b].to(dtype))
         coefficient = _coefficients(samples, weights[b], corner)
         # Corners come in rising order of anchors: each anchor is one bag of rows.
         first = torch.searchsorted(samples.anchor[corner[0]], torch.arange(anchors, device=weights.device))
@@ -107,28 +128,30 @@ def deformable_aggregation(
 
 def deformable_aggregation_backward(
     grad_output: Tensor,  # (B, A, C)
-    feature_maps: Tensor,
-    spatial_shape: Tensor,
-    scale_start_index: Tensor,
+    feature_maps: Sequence[Tensor],
+    spatial_shape: Tensor | None,
+    scale_start_index: Tensor | None,
     sampling_location: Tensor,
     weights: Tensor,
-    needed: list[bool],  # features, locations, weights
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of features, locations and weights; an empty tensor for one that is not needed."""
-    batch, pixels, channels = feature_maps.shape
+    needed: list[bool],  # locations, weights, features
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Gradients of locations, weights and each of the maps; an empty tensor for one that is not needed."""
+    is_list = spatial_shape is None
+    rows, spatial_shape, scale_start_index = _as_rows(feature_maps, spatial_shape, scale_start_index)
+    _, pixels, channels = rows.shape
     groups = weights.shape[-1]
-    dtype = compute_dtype(feature_maps, sampling_location, weights)
-    spatial_shape, scale_start_index = spatial_shape.long(), scale_start_index.long()
-    inputs = (feature_maps, sampling_location, weights)
-    grad_features, grad_location, grad_weights = (
-        tensor.new_zeros(tensor.shape if need else 0) for tensor, need in zip(inputs, needed, strict=True)
+    dtype = compute_dtype(rows, sampling_location, weights)
+    need_location, need_weights, need_features = needed
+    grad_location, grad_weights, grad_rows = (
+        tensor.new_zeros(tensor.shape if need else 0)
+        for tensor, need in zip((sampling_location, weights, rows), needed, strict=True)
     )
     # Few enough rows at a time that they stay in a CPU's cache, or fill a GPU.
-    chunk = max(1, (1 << 26 if feature_maps.is_cuda else 1 << 21) // channels)
-    for b in range(batch):
+    chunk = max(1, (1 << 26 if rows.is_cuda else 1 << 21) // max(1, channels))
+    for b in range(rows.shape[0] if rows.numel() and weights.numel() else 0):
         samples = _samples(pixels, spatial_shape, scale_start_index, sampling_location[b].to(dtype))
-        features, corners = _touched(samples, feature_maps[b].to(dtype))
-        grad_sum = torch.zeros_like(features) if needed[0] else None
+        features, corners = _touched(samples, rows[b].to(dtype))
+        grad_sum = torch.zeros_like(features) if need_features else None
         product = features.new_zeros(*samples.inside.shape, groups)  # (M, L, 4, G) grad_output times corner, by group
         for corner in zip(*(index.split(chunk) for index in corners), strict=True):
             incoming = grad_output[b, samples.anchor[corner[0]]].to(dtype).unflatten(-1, (groups, -1))  # (E, G, C / G)
@@ -136,14 +159,14 @@ def deformable_aggregation_backward(
             if grad_sum is not None:
                 coefficient = _coefficients(samples, weights[b], corner)
                 grad_sum.index_add_(0, row, (incoming * coefficient[..., None]).flatten(1))
-            if needed[1] or needed[2]:
+            if need_location or need_weights:
                 dot = (incoming * features[row].unflatten(-1, (groups, -1))).sum(-1)
                 product[corner] = torch.where(samples.inside[corner][:, None], dot, 0)
         if grad_sum is not None:
-            grad_features[b] = grad_sum[:pixels]
-        if needed[2]:
+            grad_rows[b] = grad_sum[:pixels]
+        if need_weights:
             grad_weights[b][samples.point] = (samples.bilinear[..., None] * product).sum(2).to(weights.dtype)
-        if needed[1]:
+        if need_location:
             weight = torch.where(samples.inside.any(-1)[..., None], weights[b][samples.point].to(dtype), 0)  # (M, L, G)
             top_left, top_right, bottom_left, bottom_right = (product * weight[:, :, None]).sum(-1).unbind(-1)  # (M, L)
             du, dv = samples.share.unbind(-1)
@@ -151,4 +174,8 @@ def deformable_aggregation_backward(
             along_y = (1 - du) * (bottom_left - top_left) + du * (bottom_right - top_right)
             slope = (torch.stack([along_x, along_y], -1) * samples.size.flip(-1)).sum(1)  # (M, 2)
             grad_location[b][samples.point] = slope.to(sampling_location.dtype)
-    return grad_features, grad_location, grad_weights
+    if not (is_list and need_features):
+        return grad_location, grad_weights, [grad_rows for _ in feature_maps]
+    (views,) = maps_of(grad_rows, cameras_of(len(feature_maps), feature_maps))
+    grad_maps = [view.contiguous() for view in as_rows(views)]
+    return grad_location, grad_weights, as_maps(grad_maps, feature_maps)

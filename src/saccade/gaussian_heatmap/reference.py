@@ -5,9 +5,12 @@ list finds its target by a binary search in the running sum of window sizes, so 
 window.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from saccade.gaussian_heatmap.options import BoxOptions, new_maps
 from saccade.gaussian_heatmap.radius import radius_of
 
 
@@ -23,6 +26,8 @@ def draw_heatmap(
     """See ``saccade.draw_heatmap``."""
     if clear:
         heatmaps.zero_()
+    if heatmaps.numel() == 0 or radii.numel() == 0:
+        return
     maps, height, width = heatmaps.shape
     dtype = heatmaps.dtype
     heatmap_idxes = heatmap_idxes.long()
@@ -88,7 +93,7 @@ def draw_heatmap_batched(
         drawn = drawn & (labels >= 0) & (labels < classes)
         heatmap_idxes = heatmap_idxes * classes + labels
     draw_heatmap(
-        heatmap.view(-1, *heatmap.shape[-2:]),
+        heatmap.flatten(0, heatmap.ndim - 3),
         centers.flatten(0, 1),
         radii.flatten(0, 1),
         torch.where(drawn, heatmap_idxes, -1).flatten(),
@@ -98,19 +103,46 @@ def draw_heatmap_batched(
     )
 
 
+def heatmap_targets(
+    centers: Tensor,  # (B, M, 2)
+    radii: Tensor,  # (B, M) or (B, M, 2)
+    counts: Tensor,  # (B,)
+    labels: Tensor | None,  # (B, M)
+    size: Sequence[int],  # (height, width)
+    num_classes: int | None,
+    diameter_to_sigma_factor: float,
+    k_scale: float,
+) -> Tensor:
+    """See ``saccade.heatmap_targets``."""
+    heatmap = new_maps(centers.shape[0], size, num_classes, centers.device)
+    draw_heatmap_batched(heatmap, centers, radii, counts, labels, diameter_to_sigma_factor, k_scale, clear=True)
+    return heatmap
+
+
+def boxes_to_heatmap(
+    boxes: Tensor,  # (B, M, 4)
+    counts: Tensor,  # (B,)
+    labels: Tensor | None,  # (B, M)
+    size: Sequence[int],  # (height, width)
+    num_classes: int | None,
+    diameter_to_sigma_factor: float,
+    k_scale: float,
+    options: BoxOptions,
+) -> Tensor:
+    """See ``saccade.boxes_to_heatmap``."""
+    centers, radii = targets_of_boxes(boxes, size, options)
+    return heatmap_targets(centers, radii, counts, labels, size, num_classes, diameter_to_sigma_factor, k_scale)
+
+
 def targets_of_boxes(
     boxes: Tensor,  # (..., 4)
-    size: tuple[int, int],  # (height, width) of the map
-    corners: bool,  # two corners, or else a centre and sizes
-    origin: tuple[float, float],  # (x, y)
-    stride: tuple[float, float],
-    min_overlap: float,
-    convention: str,
-    min_radius: int,
+    size: Sequence[int],  # (height, width) of the map
+    options: BoxOptions,
 ) -> tuple[Tensor, Tensor]:
     """Centres (..., 2) and radii (...) of boxes, int64; the radius is -1 where nothing is to be drawn."""
+    origin, stride = options.origin, options.stride
     first_x, first_y, second_x, second_y = boxes.double().unbind(-1)
-    if corners:
+    if options.box_format == "xyxy":
         center_x, center_y = (first_x + second_x) / 2, (first_y + second_y) / 2
         width, height = second_x - first_x, second_y - first_y
     else:
@@ -123,8 +155,8 @@ def targets_of_boxes(
     centers = torch.where(drawn[..., None], torch.stack([center_x, center_y], -1), 0.0).long()
     # So that products of sizes are finite; no map is that large.
     width, height = width.clamp(max=2.0**52), height.clamp(max=2.0**52)
-    radii = radius_of(height, width, min_overlap, convention, torch.sqrt).long().clamp(min=min_radius)
-    return centers, torch.where(drawn, radii, -1)
+    radii = radius_of(height, width, options.min_overlap, options.radius, torch.sqrt).long()
+    return centers, torch.where(drawn, radii.clamp(min=options.min_radius), -1)
 
 
 def valid_slots(counts: Tensor, slots: int) -> Tensor:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from saccade.argument_checks import require_floating, require_integer, require_number, require_shape, require_tensor
-from saccade.focal_loss import softmax_focal_loss
-from saccade.focal_loss.api import scaled_sigmoid_focal_loss
-from saccade.gaussian_focal_loss.api import scaled_gaussian_focal_loss
-from saccade.loss_reduction import AVG_FACTOR_EPS
+from saccade.losses.focal import softmax_focal_loss
+from saccade.losses.focal.api import SIGMOID_FOCAL_LOSS
+from saccade.losses.focal.options import SigmoidOptions
+from saccade.losses.gaussian.api import COUNTED, GAUSSIAN_FOCAL_LOSS
+from saccade.losses.gaussian.options import GaussianOptions
+from saccade.losses.reduction import AVG_FACTOR_EPS, reduction_of
 
 ReductionName = Literal["none", "mean", "sum"]
 
@@ -119,18 +121,12 @@ class FocalLoss(nn.Module):
             if pred.ndim < 2:
                 raise ValueError(f"pred: expected shape (N, C) with integer targets, got {tuple(pred.shape)}")
             target = target != 0  # one-hot
-        return scaled_sigmoid_focal_loss(
-            pred,
-            target,
-            alpha=self.alpha,
-            gamma=self.gamma,
-            weight=None if weight is None else _row_or_element_weight(pred, weight),
-            activated=self.activated,
-            reduction=reduction_override or self.reduction,
-            avg_factor=avg_factor,
-            scale=self.loss_weight,
-            avg_factor_eps=self.avg_factor_eps,
-        )
+        if weight is not None:
+            weight = _row_or_element_weight(pred, weight)
+        options = SigmoidOptions(self.alpha, self.gamma, self.activated)
+        reduction = reduction_override or self.reduction
+        reduced = reduction_of(reduction, avg_factor, pred, self.loss_weight, self.avg_factor_eps)
+        return SIGMOID_FOCAL_LOSS(pred, target, weight, None, options, reduced)
 
 
 def _row_or_element_weight(pred: Tensor, weight: Tensor) -> Tensor:
@@ -203,15 +199,10 @@ class SigmoidFocalLoss(_ClassWeightedLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Compute the loss of (N, C) logits and (N,) int32 or int64 labels, background outside [0, C)."""
         _require_rows_and_labels(input, target)
-        return scaled_sigmoid_focal_loss(
-            input,
-            target,
-            alpha=self.alpha,
-            gamma=self.gamma,
-            class_weight=self.weight,
-            reduction=self.reduction,
-            avg_factor=input.shape[0] if self.reduction == "mean" else None,
-            avg_factor_eps=0.0,
+        rows = input.shape[0] if self.reduction == "mean" else None
+        options = SigmoidOptions(self.alpha, self.gamma, activated=False)
+        return SIGMOID_FOCAL_LOSS(
+            input, target, None, self.weight, options, reduction_of(self.reduction, rows, input, eps=0.0)
         )
 
 
@@ -376,20 +367,9 @@ class GaussianFocalLoss(nn.Module):
         reduction: ReductionName,
         avg_factor: Any,
     ) -> Tensor:
-        return scaled_gaussian_focal_loss(
-            "pred",
-            pred,
-            target,
-            alpha=self.alpha,
-            gamma=self.gamma,
-            weight=weight,
-            pos_weight=pos_weight,
-            neg_weight=neg_weight,
-            reduction=reduction,
-            avg_factor=avg_factor,
-            scale=self.loss_weight,
-            avg_factor_eps=self.avg_factor_eps,
-        )
+        options = GaussianOptions(self.alpha, self.gamma, pos_weight, neg_weight, with_logits=False, clip=None)
+        reduced = reduction_of(reduction, avg_factor, pred, self.loss_weight, self.avg_factor_eps, COUNTED)
+        return GAUSSIAN_FOCAL_LOSS(pred, target, weight, options, reduced)[0]
 
 
 def _pick(pred: Tensor, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

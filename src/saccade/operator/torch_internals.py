@@ -113,7 +113,7 @@ TREE_NODES = FastPath(
     "move_ragged_inputs moves those alone that are arguments themselves",
 )
 FUNCTIONAL_TENSORS = FastPath(
-    "functional tensors told apart",
+    "recognition of functional tensors",
     ("torch:_is_functional_tensor",),
     "they are known by their address, which is 0, but for empty ones",
 )
@@ -174,7 +174,7 @@ def fast_paths_off() -> Iterator[tuple[FastPath, str]]:
         elif path is KNOWN_CALLS and not missing and tensor_guards() is None:
             why = f"{path.needs[0].replace(':', '.')} has another form than the one known here"
         elif path is LAUNCH_CACHE and torch.version.hip and has_gpu:
-            why = "Triton tells more kinds of arguments apart for AMD's GPUs"
+            why = "Triton specializes on more for AMD's GPUs than is known here"
         elif path is LAUNCH_CACHE and not missing and unknown_launchers:
             why = f"{' and '.join(sorted(unknown_launchers))} of triton has another form than those known here"
         if why is not None:
@@ -305,7 +305,7 @@ def _has_no_address(tensor: Tensor) -> bool:
 
 
 is_functional: Callable[[Tensor], bool] = _found(*FUNCTIONAL_TENSORS.needs) or _has_no_address
-"""Whether a tensor stands for another one while in-place operators are replaced by others, as compilers do."""
+"""Whether a tensor stands for another one while compilers replace in-place operators by ones that write nothing."""
 
 
 def _no_promise(condition: Any) -> None:
@@ -325,7 +325,7 @@ def register_tree_node(
     rest: Callable[[Any], tuple[int, ...]],
     put_together: Callable[[Any, tuple[int, ...]], Any],
 ) -> None:
-    """Let PyTorch's trees look into a class, where they can be told of one.
+    """Register a class with PyTorch's trees, so that they look into it; where they can be extended.
 
     Args:
         cls: The class.
@@ -361,7 +361,7 @@ def map_of_arguments(function: Callable[[Any], Any], args: Any, kwargs: Any, is_
 
 
 def register_collation(cls: type, put_together: Callable[..., Any]) -> None:
-    """Have ``default_collate`` put samples of a class together, where it can be told to."""
+    """Have ``default_collate`` put samples of a class together, where it can be extended."""
     functions = _found(*COLLATING.needs)
     if isinstance(functions, MutableMapping):
         functions[cls] = put_together

@@ -211,8 +211,7 @@ class RaggedBatch(_Parts):
                 f"got {num_dims}"
             )
         tensor = torch.zeros(*shape, *[0] * (num_dims - len(shape)), dtype=torch.float32, device=device)
-        mask = torch.zeros(*shape, 0, dtype=torch.bool, device=device)
-        return cls(tensor, mask, torch.zeros(shape, dtype=torch.int64, device=device), non_uniform_dim)
+        return cls.FromFullTensor(tensor, non_uniform_dim, len(shape))
 
     @property
     def tensor(self) -> Tensor:
@@ -475,12 +474,7 @@ class RaggedBatch(_Parts):
         count = _num_parameters(proc_step)
         if not 1 <= count <= 3:
             raise ValueError(f"proc_step: expected a function of 1 to 3 positional parameters, got one of {count}")
-        arguments = [self._tensor]
-        if count > 1:
-            arguments.append(self.mask)
-        if count > 2:
-            arguments.append(self.sample_sizes)
-        result = proc_step(*arguments)
+        result = proc_step(*[getattr(self, name) for name in ("tensor", "mask", "sample_sizes")[:count]])
         if isinstance(result, tuple):
             return tuple(self._with_result(tensor) for tensor in result)
         return self._with_result(result)
@@ -943,6 +937,38 @@ def _register_as_tree_node(cls: type[RaggedBatch]) -> None:
 _register_as_tree_node(RaggedBatch)
 # So that torch.load, and with it torch.export.load, takes batches out of files without trusting these.
 torch.serialization.add_safe_globals([RaggedBatch, _Extent])
+
+
+def require_ragged(name: str, value: Any) -> None:
+    """Raise ``TypeError`` unless ``value`` is a ragged batch."""
+    if not isinstance(value, RaggedBatch):
+        raise TypeError(f"{name}: expected a RaggedBatch, got {type(value).__name__}")
+
+
+def require_data(name: str, value: Any) -> None:
+    """Raise ``TypeError`` unless ``value`` is a tensor or a ragged batch."""
+    if not isinstance(value, RaggedBatch):
+        require_tensor(name, value)
+
+
+def require_dtype_of(like_name: str, like: Tensor | RaggedBatch, name: str, value: Tensor | RaggedBatch) -> None:
+    """Raise ``InvalidStateError`` unless a value has the dtype of another one."""
+    if value.dtype != like.dtype:
+        raise InvalidStateError(f"{name}: expected {like.dtype}, the dtype of {like_name}, got {value.dtype}")
+
+
+def require_data_dims_of(like_name: str, like: Tensor, name: str, value: Tensor) -> None:
+    """Raise ``InvalidStateError`` unless (S, M, *D) has the data dimensions of (S, W, *D)."""
+    if value.shape[2:] != like.shape[2:]:
+        raise InvalidStateError(
+            f"{name}: expected the data dimensions of {like_name}, {tuple(like.shape[2:])}, got "
+            f"{tuple(value.shape[2:])}"
+        )
+
+
+def like_given(given: Tensor | RaggedBatch, tensor: Tensor) -> Tensor | RaggedBatch:
+    """Other data of the same form: a tensor, or a batch with the mask and sizes of the given one."""
+    return given.create_with_sample_sizes_like_self(tensor) if isinstance(given, RaggedBatch) else tensor
 
 
 def _require_non_uniform_dim(

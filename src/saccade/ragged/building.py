@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from saccade.argument_checks import InvalidArgumentError, InvalidStateError, require_tensor
-from saccade.ragged import operators
+from saccade.ragged.api import PAD
 from saccade.ragged.batch import RaggedBatch
 from saccade.ragged.masks import first_selected, kept_entries
+from saccade.triton_dispatch import served_by_triton
 
 NamedTuple = TypeVar("NamedTuple", bound=tuple[Any, ...])
 
@@ -69,10 +70,8 @@ def combine_data(
     leaves = _leaves(data_list, "data_list")
     batch_shape = [len(leaves)] if flatten_batch_dims else _nesting_shape(data_list, "data_list")
     sizes = [leaf.shape[0] for leaf in leaves]
-    reference = next((leaf for leaf in leaves if leaf.numel()), None)
-    if reference is None:
-        reference = leaves[0] if leaves else torch.empty(0)
-    width = max(sizes) if sizes else 0
+    reference = next((leaf for leaf in leaves if leaf.numel()), leaves[0] if leaves else torch.empty(0))
+    width = max(sizes) if sizes else 0  # torch.compile does not trace max(..., default=0)
     if other_with_same_sample_sizes is not None and not flatten_batch_dims:
         if width > other_with_same_sample_sizes.max_sample_size:
             raise InvalidStateError(
@@ -82,7 +81,7 @@ def combine_data(
         width = other_with_same_sample_sizes.max_sample_size
 
     target = reference.device if device is None else torch.empty(0, device=device).device  # "cuda" with its number
-    by_operator = len(leaves) > 0 and reference.device == target and operators.serve(reference)
+    by_operator = len(leaves) > 0 and reference.device == target and served_by_triton(reference)
     values = _joined_as_they_are(leaves, reference) if by_operator else None
     pieces = leaves
     if values is None:
@@ -91,10 +90,10 @@ def combine_data(
         values = torch.cat(pieces) if by_operator else None
     # One copy of everything, and one to the device, rather than one for each tensor.
     page_locked = target.type == "cuda" and not torch.compiler.is_compiling()
-    if values is not None and operators.serve(values):  # not if torch.func transforms any of the tensors
+    if values is not None:
         numbers = torch.tensor([sizes, [0, *accumulate(sizes[:-1])]], dtype=torch.int64, pin_memory=page_locked)
         sample_sizes, begins = numbers.to(target, non_blocking=True).unbind()
-        tensor = operators.pad(values, begins, sample_sizes, width)
+        tensor = PAD(values, begins, sample_sizes, width)
     else:
         sample_sizes = torch.tensor(sizes, dtype=torch.int64, pin_memory=page_locked)
         tensor = _end_to_end(pieces, sizes, width, reference, page_locked)
@@ -158,8 +157,7 @@ def _end_to_end(
     like = pieces[0] if pieces else reference
     padding = torch.zeros((width, *trailing), dtype=like.dtype, device=like.device)
     padded = [part for piece, size in zip(pieces, sizes, strict=True) for part in (piece, padding[size:])]
-    if not padded:
-        return padding[:0]
+    padded = padded or [padding[:0]]
     needs_grad = torch.is_grad_enabled() and any(piece.requires_grad for piece in pieces)
     if not page_locked or like.device.type != "cpu" or needs_grad:
         return torch.cat(padded)

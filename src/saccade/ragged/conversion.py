@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from saccade.argument_checks import InvalidArgumentError, require_tensor
-from saccade.ragged.batch import RaggedBatch
-from saccade.ragged.faults import values_may_be_read
+from saccade.ragged.batch import RaggedBatch, require_ragged
+from saccade.ragged.faults import first_of
 from saccade.ragged.masks import kept_entries
-from saccade.ragged.rows import flatten_samples, movable, moved
+from saccade.ragged.rows import as_samples, movable, moved
 
 
 def to_values(batch: RaggedBatch) -> tuple[Tensor, Tensor]:
@@ -31,9 +31,8 @@ def to_values(batch: RaggedBatch) -> tuple[Tensor, Tensor]:
         >>> to_values(RaggedBatch(torch.tensor([[5, 6, 0], [7, 8, 9]]), sample_sizes=torch.tensor([2, 3])))
         (tensor([5, 6, 7, 8, 9]), tensor([0, 2, 5]))
     """
-    _require_ragged("batch", batch)
-    batch_dims = batch.num_batch_dims
-    data = flatten_samples(batch.get_non_uniform_dimension_transposed_to(batch_dims).tensor, batch_dims)
+    require_ragged("batch", batch)
+    data = as_samples(batch.tensor, batch.num_batch_dims, batch.non_uniform_dim)
     sizes = batch.sample_sizes.long().clamp(0, batch.max_sample_size).flatten()
     valid = torch.arange(batch.max_sample_size, device=batch.device) < sizes[:, None]
     rows = valid.flatten().nonzero().squeeze(1)
@@ -113,7 +112,7 @@ def to_nested(batch: RaggedBatch) -> Tensor:
         >>> [sample.tolist() for sample in nested.unbind()]
         [[5, 6], [7, 8, 9]]
     """
-    _require_ragged("batch", batch)
+    require_ragged("batch", batch)
     if batch.num_batch_dims != 1:
         raise InvalidArgumentError(f"batch: expected one batch dimension, got shape {tuple(batch.batch_shape)}")
     values, offsets = to_values(batch)
@@ -187,15 +186,8 @@ def _begins_and_sizes(offsets: Tensor | None, lengths: Tensor | None) -> tuple[T
 def _require_inside(begins: Tensor, sizes: Tensor, count: int) -> None:
     """Raise for the first sample that does not lie within the values, where values may be read."""
     wrong = (sizes < 0) | (begins < 0) | (begins + sizes > count)
-    if not values_may_be_read(wrong) or not wrong.any():
-        return
-    sample = int(wrong.nonzero()[0])
-    raise InvalidArgumentError(
-        f"values: expected all samples to lie within the {count} entries, got {int(sizes[sample])} from "
-        f"{int(begins[sample])} on as sample {sample}"
-    )
-
-
-def _require_ragged(name: str, value: RaggedBatch) -> None:
-    if not isinstance(value, RaggedBatch):
-        raise TypeError(f"{name}: expected a RaggedBatch, got {type(value).__name__}")
+    if (first := first_of(wrong)) is not None:
+        raise InvalidArgumentError(
+            f"values: expected all samples to lie within the {count} entries, got {int(sizes[first])} from "
+            f"{int(begins[first])} on as sample {first[0]}"
+        )

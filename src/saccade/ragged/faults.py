@@ -23,17 +23,6 @@ def values_may_be_read(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def require_in_range(
-    name: str,
-    index: Tensor,  # (S, M)
-    wrong: Tensor,  # (S, M) bool
-    width: int,
-) -> None:
-    """Raise for the first of the wrong indices, where values may be read."""
-    if not values_may_be_read(wrong) or not wrong.any():
-        return
-    sample, slot = wrong.nonzero()[0].tolist()
-    raise IndexOutOfRangeError(
-        f"{name}: expected indices in [{-width}, {width}), got {int(index[sample, slot])} in slot {slot} "
-        f"of sample {sample}"
-    )
+def first_of(wrong: Tensor) -> tuple[int, ...] | None:
+    """The position of the first value that is wrong, if one is and values may be read."""
+    return tuple(wrong.nonzero()[0].tolist()) if values_may_be_read(wrong) and wrong.any() else None

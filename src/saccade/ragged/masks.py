@@ -7,10 +7,18 @@ How many entries the largest selection has is part of a result's shape: ``batche
 import torch
 from torch import Tensor
 
-from saccade.argument_checks import InvalidArgumentError, InvalidStateError, require_tensor
-from saccade.ragged.batch import RaggedBatch
-from saccade.ragged.faults import values_may_be_read
-from saccade.ragged.rows import beside_entries, fill, flatten_samples, gather_distinct_entries, pick
+from saccade.argument_checks import InvalidArgumentError, InvalidStateError
+from saccade.ragged.batch import RaggedBatch, like_given, require_data, require_data_dims_of, require_dtype_of
+from saccade.ragged.faults import first_of
+from saccade.ragged.rows import (
+    as_samples,
+    beside_entries,
+    filled,
+    flatten_samples,
+    from_samples,
+    gather_distinct_entries,
+    pick,
+)
 
 
 def batched_bool_indexing(input_data: Tensor | RaggedBatch, input_mask: Tensor | RaggedBatch) -> RaggedBatch:
@@ -45,15 +53,10 @@ def batched_bool_indexing(input_data: Tensor | RaggedBatch, input_mask: Tensor |
     """
     data, selected = _data_and_selection("input_data", input_data, "input_mask", input_mask)
     index, sizes, kept = first_selected(selected)
-    batch_shape = data.batch_shape
-    canonical = data.get_non_uniform_dimension_transposed_to(data.num_batch_dims)
-    entries = kept_entries(flatten_samples(canonical.tensor, data.num_batch_dims), index, kept)
-    packed = type(data)(
-        entries.reshape(*batch_shape, *entries.shape[1:]),
-        kept.view(*batch_shape, kept.shape[1]),
-        sizes.view(batch_shape),
-    )
-    return packed.get_non_uniform_dimension_transposed_to(data.non_uniform_dim)
+    batch_shape, dim = data.batch_shape, data.non_uniform_dim
+    entries = kept_entries(as_samples(data.tensor, len(batch_shape), dim), index, kept)
+    kept = kept.view(*batch_shape, kept.shape[1])
+    return type(data)(from_samples(entries, batch_shape, dim), kept, sizes.view(batch_shape), dim)
 
 
 def batched_bool_indexing_write(
@@ -103,29 +106,22 @@ def batched_bool_indexing_write(
             f"to_write: expected as many dimensions as to_write_into has, {data.dim()}, got shape "
             f"{tuple(to_write.shape)}"
         )
-    if to_write.dtype != data.dtype:
-        raise InvalidStateError(f"to_write: expected {data.dtype}, the dtype of to_write_into, got {to_write.dtype}")
+    require_dtype_of("to_write_into", data, "to_write", to_write)
     if to_write.batch_shape != data.batch_shape or to_write.device != data.device:
         raise InvalidStateError(
             f"to_write: expected batch dimensions {tuple(data.batch_shape)} on {data.device}, those of to_write_into, "
             f"got {tuple(to_write.batch_shape)} on {to_write.device}"
         )
-    entries = to_write.get_non_uniform_dimension_transposed_to(batch_dims).tensor
-    padded = data.get_non_uniform_dimension_transposed_to(batch_dims).tensor
-    if entries.shape[batch_dims + 1 :] != padded.shape[batch_dims + 1 :]:
-        raise InvalidStateError(
-            f"to_write: expected the data dimensions of to_write_into, {tuple(padded.shape[batch_dims + 1 :])}, got "
-            f"{tuple(entries.shape[batch_dims + 1 :])}"
-        )
-    entries, padded = flatten_samples(entries, batch_dims), flatten_samples(padded, batch_dims)
+    entries = as_samples(to_write.tensor, batch_dims, to_write.non_uniform_dim)
+    padded = as_samples(data.tensor, batch_dims, data.non_uniform_dim)
+    require_data_dims_of("to_write_into", padded, "to_write", entries)
     sizes = to_write.sample_sizes.long().flatten().clamp(0, entries.shape[1])
     _require_counts(sizes, selected.sum(-1))
     rank = selected.cumsum(-1) - 1  # which of the selected entries each is
     written = selected & (rank < sizes[:, None])
     values = gather_distinct_entries(entries, rank.where(written, 0))
     result = pick(beside_entries(written, 1, values.dim()), values, padded)
-    result = result.reshape(*data.batch_shape, *result.shape[1:]).transpose(batch_dims, data.non_uniform_dim)
-    return data.create_with_sample_sizes_like_self(result) if isinstance(to_write_into, RaggedBatch) else result
+    return like_given(to_write_into, from_samples(result, data.batch_shape, data.non_uniform_dim))
 
 
 def get_indices_from_mask(mask: Tensor | RaggedBatch) -> RaggedBatch:
@@ -151,8 +147,7 @@ def get_indices_from_mask(mask: Tensor | RaggedBatch) -> RaggedBatch:
         (tensor([[0, 2],
                 [2, 0]]), tensor([2, 1]))
     """
-    if not isinstance(mask, RaggedBatch):
-        require_tensor("mask", mask)
+    require_data("mask", mask)
     if mask.dim() != 2:
         raise InvalidArgumentError(f"mask: expected 2 dimensions, got shape {tuple(mask.shape)}")
     index, sizes, kept = first_selected(_ragged_selection(mask) if isinstance(mask, RaggedBatch) else mask.bool())
@@ -182,29 +177,23 @@ def kept_entries(
     kept: Tensor,  # (S, K) bool
 ) -> Tensor:  # (S, K, *D)
     """Entries of each sample by different indices, 0 where they are not to be kept."""
-    entries = gather_distinct_entries(data, index)
-    return fill(entries, ~beside_entries(kept, 1, entries.dim()), 0)
+    return filled(gather_distinct_entries(data, index), kept, 0)
 
 
 def _data_and_selection(
     name: str, data: Tensor | RaggedBatch, mask_name: str, mask: Tensor | RaggedBatch
 ) -> tuple[RaggedBatch, Tensor]:
     """The data as a ragged batch, and which of its entries are selected, (S, N)."""
-    for argument_name, value in (name, data), (mask_name, mask):
-        if not isinstance(value, RaggedBatch):
-            require_tensor(argument_name, value)
-    if isinstance(data, RaggedBatch):
-        batch_dims, width = data.num_batch_dims, data.max_sample_size
-        if not isinstance(mask, RaggedBatch) and batch_dims != 1:
-            raise InvalidArgumentError(
-                f"{mask_name}: expected a RaggedBatch with data of {batch_dims} batch dimensions, got a tensor"
-            )
-    else:
-        batch_dims = 1
-        if data.dim() < 2:
-            raise InvalidArgumentError(f"{name}: expected at least 2 dimensions, got shape {tuple(data.shape)}")
-        width = data.shape[1]
-    expected = (*data.shape[:batch_dims], width)
+    require_data(name, data)
+    require_data(mask_name, mask)
+    batch_dims = data.num_batch_dims if isinstance(data, RaggedBatch) else 1
+    if batch_dims != 1 and not isinstance(mask, RaggedBatch):
+        raise InvalidArgumentError(
+            f"{mask_name}: expected a RaggedBatch with data of {batch_dims} batch dimensions, got a tensor"
+        )
+    if data.dim() < 2:
+        raise InvalidArgumentError(f"{name}: expected at least 2 dimensions, got shape {tuple(data.shape)}")
+    expected = (*data.shape[:batch_dims], data.shape[data.non_uniform_dim if isinstance(data, RaggedBatch) else 1])
     if mask.shape != expected or mask.device != data.device:
         raise InvalidArgumentError(
             f"{mask_name}: expected shape {expected} on {data.device}, the batch dimensions and width of {name}, got "
@@ -233,10 +222,8 @@ def _require_counts(
     counts: Tensor,  # (S,)
 ) -> None:
     """Raise unless there are as many entries as are selected in each sample, where values may be read."""
-    if not values_may_be_read(counts) or torch.equal(sizes, counts):
-        return
-    sample = int((sizes != counts).nonzero()[0])
-    raise InvalidStateError(
-        f"to_write: expected {int(counts[sample])} entries in sample {sample}, as many as output_mask selects, got "
-        f"{int(sizes[sample])}"
-    )
+    if (first := first_of(sizes != counts)) is not None:
+        raise InvalidStateError(
+            f"to_write: expected {int(counts[first])} entries in sample {first[0]}, as many as output_mask selects, "
+            f"got {int(sizes[first])}"
+        )

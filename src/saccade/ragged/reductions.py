@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from saccade.argument_checks import InvalidStateError, require_tensor
-from saccade.ragged.batch import RaggedBatch
-from saccade.ragged.rows import beside_entries, fill
+from saccade.ragged.batch import RaggedBatch, require_ragged
+from saccade.ragged.rows import fill
 
 
 def average_over_targets(data: RaggedBatch, nans_to_zero: bool = True) -> Tensor:
@@ -124,10 +124,8 @@ def squeeze_except_batch_and_sample(data: Tensor | RaggedBatch) -> Tensor | Ragg
 
 def _total(data: RaggedBatch) -> Tensor:
     """Sum over valid entries, in the dtype in which sums are taken."""
-    if not isinstance(data, RaggedBatch):
-        raise TypeError(f"data: expected a RaggedBatch, got {type(data).__name__}")
-    valid = beside_entries(data.mask.bool(), data.non_uniform_dim, data.dim())
-    return fill(data.tensor, ~valid, 0).sum(data.non_uniform_dim, dtype=_dtype_of_sums(data.dtype))
+    require_ragged("data", data)
+    return data.with_padded_set_to(0).tensor.sum(data.non_uniform_dim, dtype=_dtype_of_sums(data.dtype))
 
 
 def _dtype_of_sums(dtype: torch.dtype) -> torch.dtype:

@@ -70,6 +70,15 @@ def beside_entries(
     return mask.reshape(*mask.shape[:-1], *ones, mask.shape[-1], *[1] * (data_dims - dim - 1))
 
 
+def filled(
+    entries: Tensor,  # (S, M, *D)
+    used: Tensor,  # (S, M) bool
+    filler: float,
+) -> Tensor:  # (S, M, *D)
+    """The entries of slots that are used, the filler in all others."""
+    return fill(entries, ~beside_entries(used, 1, entries.dim()), filler)
+
+
 def gather_entries(
     data: Tensor,  # (S, W, *D)
     index: Tensor,  # (S, K) int64, in [0, W) or, with W = 0, of value 0
@@ -102,71 +111,22 @@ def gather_distinct_entries(
     return moved(flat.index_select(0, rows.flatten()), data.dtype).view(*index.shape, *data.shape[2:])
 
 
-def put_entries(
-    data: Tensor,  # (S, W, *D)
-    chosen: Tensor,  # (S, M) bool: which entries to write
-    index: Tensor,  # (S, M) int64 where to, in [0, W) where chosen
-    entries: Tensor,  # (S, M, *D)
-) -> Tensor:  # (S, W, *D)
-    """A copy with entries written to it. Of several to one place the last is written, and it alone gets a gradient."""
-    samples, width = data.shape[:2]
-    rows = place_of(chosen & last_slots(chosen, index, width), index, width)
-    # The row at the end takes what is not to be written, so that all is one copy. It is cut off again.
-    flat = movable(data).reshape(samples * width, *data.shape[2:])
-    flat = torch.cat([flat, flat.new_zeros(1, *data.shape[2:])])
-    # Not in place, for torch.func.vmap over entries alone.
-    flat = flat.index_put((rows.flatten(),), movable(entries).reshape(rows.numel(), *data.shape[2:]))
-    return moved(flat[: samples * width], data.dtype).view(data.shape)
-
-
-def sum_of_entries(
-    entries: Tensor,  # (S, M, *D)
-    chosen: Tensor,  # (S, M) bool: which entries count
-    index: Tensor,  # (S, M) int64 of what, in [0, W) where chosen
-    width: int,
-) -> Tensor:  # (S, W, *D)
-    """The gradient of ``gather_entries``, as if there were no entries but the chosen ones."""
-    samples = index.shape[0]
-    total = entries.new_zeros(samples * width + 1, *entries.shape[2:])
-    rows = place_of(chosen, index, width).flatten()
-    total.index_put_((rows,), entries.reshape(rows.numel(), *entries.shape[2:]), accumulate=True)
-    return total[: samples * width].view(samples, width, *entries.shape[2:])
-
-
-def last_slots(
-    chosen: Tensor,  # (S, M) bool
-    index: Tensor,  # (S, M) int64, in [0, W) where chosen
-    width: int,
-) -> Tensor:  # (S, M) bool
-    """Which of the chosen slots are the last ones with their index; anything for the others."""
-    rows = place_of(chosen, index, width)
-    slot = torch.arange(index.shape[1], device=index.device).expand_as(rows)
-    last = torch.full((index.shape[0] * width + 1,), -1, device=rows.device)
-    last = last.scatter_reduce(0, rows.flatten(), slot.flatten(), "amax")
-    return last[rows] == slot
-
-
-def resolved(
-    index: Tensor,  # (S, M) integer
-    sizes: Tensor,  # (S,) integer
-    width: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(S, M): which slots are within the sizes; which indices are in range; those counted from the front, int64."""
-    index = index.long()
-    within = torch.arange(index.shape[1], device=index.device) < sizes.long()[:, None]
-    from_front = index.where(index >= 0, index + width)
-    return within, (from_front >= 0) & (from_front < width), from_front
-
-
-def place_of(chosen: Tensor, index: Tensor, width: int) -> Tensor:
-    """(S, M) rows of the S samples' entries laid end to end; the row behind them where not ``chosen``."""
-    rows = index + torch.arange(index.shape[0], device=index.device)[:, None] * width
-    return rows.where(chosen, index.shape[0] * width)
-
-
 def flatten_samples(tensor: Tensor, batch_dims: int) -> Tensor:
     """(*B, ...) as (S, ...)."""
     return tensor if batch_dims == 1 else tensor.flatten(0, batch_dims - 1)
+
+
+def as_samples(tensor: Tensor, batch_dims: int, dim: int) -> Tensor:
+    """(*B, ..., N, ...) with N at ``dim`` as (S, N, *D)."""
+    return flatten_samples(tensor if dim == batch_dims else tensor.transpose(batch_dims, dim), batch_dims)
+
+
+def from_samples(tensor: Tensor, batch_shape: torch.Size, dim: int) -> Tensor:
+    """The reverse of ``as_samples``."""
+    batch_dims = len(batch_shape)
+    if batch_dims > 1:
+        tensor = tensor.reshape(*batch_shape, *tensor.shape[1:])
+    return tensor if dim == batch_dims else tensor.transpose(batch_dims, dim)
 
 
 def _never_empty(data: Tensor) -> Tensor:

@@ -96,5 +96,5 @@ def softplus_to_multiply(z, log_term):
 
 
 def constant_power(power: float) -> int:
-    """POWER of a power: itself if multiplying is cheaper than exponentials, so that other ones share a kernel."""
+    """POWER of a power: itself if multiplying is cheaper than exponentials; all powers that are not share a kernel."""
     return int(power) if power in (0, 1, 2, 3, 4, 5) else -1

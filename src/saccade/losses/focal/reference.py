@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.focal_term import focal_term, focal_term_slope, softplus
-from saccade.loss_reduction import laid_out_as, new_loss, normalized, row_blocks
+from saccade.losses.focal.options import SigmoidOptions
+from saccade.losses.focal_term import focal_term, focal_term_slope, softplus
+from saccade.losses.reduction import Reduction, gradient_of_blocks, laid_out_as, reduced_in_blocks, row_blocks
+from saccade.operator.gradients import room_for_gradients
 from saccade.precision import compute_dtype
 
 
@@ -37,9 +39,9 @@ def _entropy(p: Tensor, t: Tensor) -> Tensor:
     return -(t * p.log().clamp(min=-100) + (1 - t) * torch.log1p(-p).clamp(min=-100))
 
 
-def _element_loss(x: Tensor, target: Tensor, alpha: float, gamma: float, activated: bool) -> Tensor:
+def _element_loss(x: Tensor, target: Tensor, options: SigmoidOptions) -> Tensor:
     """(n, C) losses of logits, or of probabilities if ``activated``; only targets that are not bool may be soft."""
-    t = target.to(x.dtype)
+    (alpha, gamma, activated), t = options, target.to(x.dtype)
     if activated:
         error = t * (1 - x) + (1 - t) * x
         return _balance(t, alpha) * error**gamma * _entropy(x, t)
@@ -51,9 +53,9 @@ def _element_loss(x: Tensor, target: Tensor, alpha: float, gamma: float, activat
     return _balance(t, alpha) * error**gamma * entropy
 
 
-def _element_slope(x: Tensor, target: Tensor, alpha: float, gamma: float, activated: bool) -> Tensor:
+def _element_slope(x: Tensor, target: Tensor, options: SigmoidOptions) -> Tensor:
     """The derivative of ``_element_loss`` in ``x``."""
-    t = target.to(x.dtype)
+    (alpha, gamma, activated), t = options, target.to(x.dtype)
     if activated:
         error = t * (1 - x) + (1 - t) * x
         # A power of 0 has no slope, though error ** -1 may be infinite.
@@ -84,16 +86,19 @@ class _Block(NamedTuple):
     class_factor: Tensor | float  # (n, 1)
 
 
-def _as_rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+def _as_rows(tensor: Tensor, axes: int | None = None) -> Tensor:
+    """(..., C) as (N, C); of other ``axes``, (...) as (N, 1)."""
+    shape = tensor.shape if axes in (None, tensor.ndim) else (*tensor.shape, 1)
+    return tensor.reshape(math.prod(shape[:-1]), shape[-1])
 
 
 def _blocks(logits: Tensor, target: Tensor, weight: Tensor | None, class_weight: Tensor | None) -> Iterator[_Block]:
     dtype = compute_dtype(logits)
     columns = torch.arange(logits.shape[-1], device=logits.device)
     has_labels = target.ndim < logits.ndim
-    logits, target = _as_rows(logits), _as_rows(target[..., None] if has_labels else target)
-    weight = None if weight is None else _as_rows(weight)
+    target = _as_rows(target, logits.ndim)
+    weight = None if weight is None else _as_rows(weight, logits.ndim)
+    logits = _as_rows(logits)
     for rows in row_blocks(logits):
         t = target[rows]
         yield _Block(
@@ -108,29 +113,17 @@ def _blocks(logits: Tensor, target: Tensor, weight: Tensor | None, class_weight:
 def sigmoid_focal_loss(
     logits: Tensor,  # (..., C)
     target: Tensor,  # (...) integer, or (..., C) bool or floating
-    weight: Tensor | None,  # (..., C) or (..., 1)
+    weight: Tensor | None,  # (...), (..., C) or (..., 1)
     class_weight: Tensor | None,  # (C,)
-    alpha: float,
-    gamma: float,
-    activated: bool,
-    kind: str,
-    avg_factor: Tensor | None,
-    scale: float,
-    eps: float,
+    options: SigmoidOptions,
+    reduction: Reduction,
 ) -> Tensor:  # (..., C), or reduced
-    """See ``saccade.sigmoid_focal_loss``; the last four arguments are those of ``saccade.loss_reduction.Reduction``."""
-    losses = logits.new_empty(logits.shape if kind == "none" else 0)
-    total = logits.new_zeros((), dtype=compute_dtype(logits))
-    for block in _blocks(logits, target, weight, class_weight):
-        loss = _element_loss(block.x, block.target, alpha, gamma, activated) * block.class_factor * block.weight
-        if kind == "none":
-            _as_rows(losses)[block.rows] = loss * scale
-        else:
-            total += loss.sum()
-    if kind == "none":
-        return laid_out_as(logits, losses)
-    output = new_loss(logits, logits.shape, kind, avg_factor)
-    return output.copy_(normalized(total, logits.numel(), kind, avg_factor, scale, eps))
+    """See ``saccade.sigmoid_focal_loss``."""
+    losses = (
+        _element_loss(block.x, block.target, options) * block.class_factor * block.weight
+        for block in _blocks(logits, target, weight, class_weight)
+    )
+    return reduced_in_blocks(losses, logits, logits.shape, reduction)
 
 
 def sigmoid_focal_loss_backward(
@@ -139,30 +132,22 @@ def sigmoid_focal_loss_backward(
     target: Tensor,
     weight: Tensor | None,
     class_weight: Tensor | None,
-    alpha: float,
-    gamma: float,
-    activated: bool,
-    kind: str,
-    avg_factor: Tensor | None,
-    scale: float,
-    eps: float,
+    options: SigmoidOptions,
+    reduction: Reduction,
     needed: list[bool],  # logits, weight
 ) -> tuple[Tensor, Tensor]:
     """Gradients of logits and weight; an empty tensor for one that is not needed."""
-    grad_logits = logits.new_empty(logits.shape if needed[0] else 0)
-    grad_weight = logits.new_empty(0) if weight is None else weight.new_empty(weight.shape if needed[1] else 0)
-    grad_loss = normalized(grad_output.to(compute_dtype(logits)), logits.numel(), kind, avg_factor, scale, eps)
-    if kind == "none":
-        grad_loss = _as_rows(grad_loss)
+    grad_logits, grad_weight = room_for_gradients((logits, weight), needed, torch.contiguous_format)
+    grad_of = gradient_of_blocks(grad_output, logits, _as_rows(logits).shape, reduction)
     for block in _blocks(logits, target, weight, class_weight):
-        grad = (grad_loss[block.rows] if kind == "none" else grad_loss) * block.class_factor
+        grad = grad_of(block.rows) * block.class_factor
         if needed[0]:
-            slope = _element_slope(block.x, block.target, alpha, gamma, activated)
+            slope = _element_slope(block.x, block.target, options)
             _as_rows(grad_logits)[block.rows] = slope * (grad * block.weight)
         if needed[1]:
-            rows = _as_rows(grad_weight)[block.rows]
-            rows.copy_((_element_loss(block.x, block.target, alpha, gamma, activated) * grad).sum_to_size(rows.shape))
-    return laid_out_as(logits, grad_logits) if needed[0] else grad_logits, grad_weight
+            rows = _as_rows(grad_weight, logits.ndim)[block.rows]
+            rows.copy_((_element_loss(block.x, block.target, options) * grad).sum_to_size(rows.shape))
+    return laid_out_as(logits, grad_logits), laid_out_as(weight, grad_weight)
 
 
 class _LabelledBlock(NamedTuple):
@@ -204,21 +189,14 @@ def softmax_focal_loss(
     class_weight: Tensor | None,  # (C,)
     alpha: float,
     gamma: float,
-    kind: str,
-    avg_factor: Tensor | None,
-    scale: float,
-    eps: float,
+    reduction: Reduction,
 ) -> Tensor:  # (...), or reduced
-    """See ``saccade.softmax_focal_loss``; the last four arguments are those of ``saccade.loss_reduction.Reduction``."""
-    output = new_loss(logits, target.shape, kind, avg_factor).zero_()
-    total = logits.new_zeros((), dtype=compute_dtype(logits))
-    for block in _labelled_blocks(logits, target, class_weight, alpha):
-        loss = torch.where(block.inside, block.factor * focal_term(block.ahead, gamma), 0)
-        if kind == "none":
-            _as_rows(output[..., None])[block.rows] = loss * scale
-        else:
-            total += loss.sum()
-    return output if kind == "none" else output.copy_(normalized(total, target.numel(), kind, avg_factor, scale, eps))
+    """See ``saccade.softmax_focal_loss``."""
+    losses = (
+        torch.where(block.inside, block.factor * focal_term(block.ahead, gamma), 0)
+        for block in _labelled_blocks(logits, target, class_weight, alpha)
+    )
+    return reduced_in_blocks(losses, logits, target.shape, reduction)
 
 
 def softmax_focal_loss_backward(
@@ -228,20 +206,14 @@ def softmax_focal_loss_backward(
     class_weight: Tensor | None,
     alpha: float,
     gamma: float,
-    kind: str,
-    avg_factor: Tensor | None,
-    scale: float,
-    eps: float,
+    reduction: Reduction,
+    needed: list[bool],  # logits
 ) -> Tensor:  # (..., C)
     """Gradient of the logits."""
     grad_logits = logits.new_empty(logits.shape)
-    dtype = compute_dtype(logits)
-    grad_loss = normalized(grad_output.to(dtype), target.numel(), kind, avg_factor, scale, eps)
-    if kind == "none":
-        grad_loss = _as_rows(grad_loss[..., None])
+    grad_of = gradient_of_blocks(grad_output, logits, _as_rows(target[..., None]).shape, reduction)
     for block in _labelled_blocks(logits, target, class_weight, alpha):
-        grad = grad_loss[block.rows] if kind == "none" else grad_loss
-        rate = grad * block.factor * focal_term_slope(block.ahead, gamma)
+        rate = grad_of(block.rows) * block.factor * focal_term_slope(block.ahead, gamma)
         slope = (rate * block.share).scatter(1, block.label, -rate)
         _as_rows(grad_logits)[block.rows] = torch.where(block.inside, slope, 0).to(logits.dtype)
     return laid_out_as(logits, grad_logits)

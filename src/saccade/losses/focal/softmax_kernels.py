@@ -1,31 +1,11 @@
 """Triton kernels of softmax focal loss, forward and backward: some rows to a program, their classes block by block."""
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from saccade.focal_term_kernels import constant_power, log1p, power_of
-from saccade.kernel_launch import TRITON_DTYPE, LaunchedKernel, on_device_of, overlapping, wait_for_kernel_before
-from saccade.loss_reduction import new_loss
-from saccade.loss_reduction_kernels import (
-    as_numbers,
-    factor_of_gradients,
-    finish,
-    offset_along_axes,
-    scale_of,
-    summing_programs,
-)
-from saccade.memory_axes import memory_axes
-from saccade.precision import compute_dtype
-
-# Classes of a row, and elements of all rows, that a program works on at a time.
-_MOST_CLASSES, _ELEMENTS = 1024, 1024
-
-# Of a gradient of more classes. Triton 3.5 left alone uses 40 and spills 8 bytes; later ones need no telling.
-_REGISTERS = {"maxnreg": 48} if triton.__version__.startswith("3.5.") and not torch.version.hip else {}
+from saccade.losses.focal_term_kernels import log1p, power_of
+from saccade.losses.reduction_kernels import factor_of_gradients, offset_along_axes
+from saccade.operator.launch import LaunchedKernel, wait_for_previous_kernel
 
 
 @triton.jit
@@ -80,14 +60,14 @@ def _rows_of_tile(
 
 @LaunchedKernel
 @triton.jit(do_not_specialize=["rows", "tiles"])
-def _loss_kernel(
-    logits, target, class_weight, output, rows, tiles, sizes, logits_steps, target_steps, output_steps, class_step,
-    alpha: tl.float64, gamma: tl.float64, scale: tl.float64,
+def softmax_loss_kernel(
+    logits, target, class_weight, output, alpha: tl.float64, gamma: tl.float64, scale: tl.float64,
+    rows, tiles, sizes, logits_steps, target_steps, output_steps, class_step,
     C: tl.constexpr, GAMMA: tl.constexpr, REDUCED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    COMPUTE: tl.constexpr, OVERLAP: tl.constexpr,
+    COMPUTE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Losses of all rows; if REDUCED, a sum for each program."""
-    wait_for_kernel_before(OVERLAP)
+    wait_for_previous_kernel(PDL)
     gamma = tl.full([], gamma, COMPUTE)
     sums = tl.zeros([BLOCK_R, 1], COMPUTE)
     for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -108,15 +88,15 @@ def _loss_kernel(
 
 @LaunchedKernel
 @triton.jit(do_not_specialize=["rows", "tiles"])
-def _gradient_kernel(
-    grad_output, logits, target, class_weight, avg_factor, grad_logits, rows, tiles, sizes, logits_steps, target_steps,
-    output_steps, grad_steps, class_step, output_class_step,
+def softmax_gradient_kernel(
+    grad_output, logits, target, class_weight, avg_factor, grad_logits,
     alpha: tl.float64, gamma: tl.float64, scale: tl.float64, eps: tl.float64, lowest: tl.float64,
+    rows, tiles, sizes, logits_steps, target_steps, output_steps, grad_steps, class_step, output_class_step,
     C: tl.constexpr, GAMMA: tl.constexpr, REDUCED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    COMPUTE: tl.constexpr, OVERLAP: tl.constexpr,
+    COMPUTE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of all logits."""
-    wait_for_kernel_before(OVERLAP)
+    wait_for_previous_kernel(PDL)
     gamma = tl.full([], gamma, COMPUTE)
     column = tl.arange(0, BLOCK_C)[None, :]
     for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -124,11 +104,10 @@ def _gradient_kernel(
             logits, target, class_weight, number, rows, sizes, logits_steps, target_steps, class_step, alpha,
             C, BLOCK_R, BLOCK_C, COMPUTE,
         )  # fmt: skip
-        if REDUCED:
-            grad = factor_of_gradients(grad_output, avg_factor, scale, eps, COMPUTE)
-        else:
-            grad = tl.load(grad_output + offset_along_axes(first, row, sizes, grad_steps), mask=exists, other=0)
-            grad = grad.to(COMPUTE) * tl.full([], scale, COMPUTE)
+        grad = factor_of_gradients(grad_output, avg_factor, scale, eps, REDUCED, COMPUTE)
+        if not REDUCED:
+            of_row = tl.load(grad_output + offset_along_axes(first, row, sizes, grad_steps), mask=exists, other=0)
+            grad = of_row.to(COMPUTE) * grad
         # Minus infinity would be multiplied by a probability of 0.
         log_pt = tl.maximum(log_pt, tl.full([], lowest, COMPUTE), propagate_nan=tl.PropagateNan.ALL)
         rest = others / total
@@ -143,78 +122,3 @@ def _gradient_kernel(
             slope = tl.where(is_class, rate * tl.where(start + column == label, -rest, p), 0.0)
             at = target_of_row + (start + column).to(tl.int64) * output_class_step
             tl.store(at, slope.to(grad_logits.dtype.element_ty), mask=mask)
-
-
-def _constants(logits: Tensor, gamma: float, kind: str) -> dict[str, Any]:
-    classes = logits.shape[-1]
-    block_c = min(_MOST_CLASSES, triton.next_power_of_2(classes))
-    return dict(
-        C=classes,
-        GAMMA=constant_power(gamma),
-        REDUCED=kind != "none",
-        BLOCK_R=_ELEMENTS // block_c,
-        BLOCK_C=block_c,
-        COMPUTE=TRITON_DTYPE[compute_dtype(logits)],
-        num_warps=4,
-        **overlapping(logits.device),
-    )
-
-
-def softmax_focal_loss(
-    logits: Tensor,  # (..., C), not empty
-    target: Tensor,  # (...) integer
-    class_weight: Tensor | None,  # (C,)
-    alpha: float,
-    gamma: float,
-    kind: str,
-    avg_factor: Tensor | None,
-    scale: float,
-    eps: float,
-) -> Tensor:  # (...), or reduced
-    """See ``saccade.softmax_focal_loss``; the last four arguments are those of ``saccade.loss_reduction.Reduction``."""
-    output = new_loss(logits, target.shape, kind, avg_factor)
-    class_weight = None if class_weight is None else class_weight.contiguous()
-    rows, constants = target.numel(), _constants(logits, gamma, kind)
-    tiles = triton.cdiv(rows, constants["BLOCK_R"])
-    programs = summing_programs(tiles)
-    losses = output if kind == "none" else logits.new_empty(programs, dtype=compute_dtype(logits))
-    of_rows = [logits.stride()[:-1], target.stride(), output.stride() if kind == "none" else target.stride()]
-    sizes, steps = memory_axes(target.shape, *of_rows)
-    with on_device_of(logits):
-        _loss_kernel[(programs,)](
-            logits, target, as_numbers(class_weight), losses, rows, tiles, sizes, *steps,
-            logits.stride(-1), alpha, gamma, scale, **constants,
-        )  # fmt: skip
-        if kind != "none":
-            finish(losses, None, output, None, avg_factor, scale_of(kind, avg_factor, scale, rows), eps)
-    return output
-
-
-def softmax_focal_loss_backward(
-    grad_output: Tensor,  # (...), or reduced
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    alpha: float,
-    gamma: float,
-    kind: str,
-    avg_factor: Tensor | None,
-    scale: float,
-    eps: float,
-) -> Tensor:  # (..., C)
-    """Gradient of the logits."""
-    grad_logits = torch.empty_like(logits)
-    class_weight = None if class_weight is None else class_weight.contiguous()
-    rows, constants = target.numel(), _constants(logits, gamma, kind)
-    tiles = triton.cdiv(rows, constants["BLOCK_R"])
-    of_rows = [logits.stride()[:-1], target.stride(), grad_logits.stride()[:-1]]
-    of_rows.append(grad_output.stride() if kind == "none" else target.stride())
-    sizes, steps = memory_axes(target.shape, *of_rows)
-    with on_device_of(logits):
-        _gradient_kernel[(tiles,)](
-            grad_output, logits, target, as_numbers(class_weight), avg_factor,
-            grad_logits, rows, tiles, sizes, *steps, logits.stride(-1), grad_logits.stride(-1), alpha, gamma,
-            scale_of(kind, avg_factor, scale, rows), eps, torch.finfo(compute_dtype(logits)).min, **constants,
-            **(_REGISTERS if constants["C"] > _MOST_CLASSES else {}),
-        )  # fmt: skip
-    return grad_logits

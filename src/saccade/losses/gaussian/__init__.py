@@ -1,5 +1,5 @@
 """Gaussian focal loss of heatmaps, from probabilities and from logits."""
 
-from saccade.gaussian_focal_loss.api import gaussian_focal_loss, gaussian_focal_loss_with_logits
+from saccade.losses.gaussian.api import gaussian_focal_loss, gaussian_focal_loss_with_logits
 
 __all__ = ["gaussian_focal_loss", "gaussian_focal_loss_with_logits"]

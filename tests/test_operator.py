@@ -3,9 +3,11 @@
 The decision looks at the keys of tensors. With those of a CPU in place of a GPU's, all of it is tested on any machine.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,31 +18,32 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from saccade import debug_checks, registration
-from saccade.focal_loss import api, sigmoid_focal_loss
-from saccade.gaussian_focal_loss import api as gaussian_api
-from saccade.gaussian_focal_loss import gaussian_focal_loss_with_logits
-from saccade.gaussian_heatmap import api as heatmap_api
+from saccade import debug_checks
 from saccade.gaussian_heatmap import draw_heatmap, draw_heatmap_batched, heatmap_targets
-from saccade.operator import torch_internals
-from saccade.ragged import RaggedBatch, batched_indexing_access, operators
+from saccade.gaussian_heatmap.api import DRAW_HEATMAP
+from saccade.losses.focal import api, sigmoid_focal_loss
+from saccade.losses.focal.api import SIGMOID_FOCAL_LOSS, SOFTMAX_FOCAL_LOSS
+from saccade.losses.gaussian import gaussian_focal_loss_with_logits
+from saccade.losses.gaussian.api import GAUSSIAN_FOCAL_LOSS
+from saccade.losses.reduction import Reduction
+from saccade.operator import known_calls, torch_internals
+from saccade.operator.declaration import OPERATORS, Operator
+from saccade.ragged import RaggedBatch, batched_indexing_access
 
 pytestmark = pytest.mark.interpreted  # where kernels are launched, few logits take a way of their own
 
 OF_CPU_TENSORS = torch_internals._raw_keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
-OF_CALLS = (
-    *(api._call_sigmoid, api._call_sigmoid_backward, gaussian_api._call, gaussian_api._call_backward),
-    *(heatmap_api._call_draw, heatmap_api._call_draw_batched, heatmap_api._call_targets),
-)
 
 
 @pytest.fixture
-def as_gpu(monkeypatch) -> None:
+def as_gpu(monkeypatch) -> Iterator[None]:
     """A machine whose CPU counts as a GPU, on which no call was made."""
     monkeypatch.setattr(torch_internals, "ORDINARY_GPU_KEYS", OF_CPU_TENSORS)
-    for call in OF_CALLS:
-        monkeypatch.setattr(call, "_known", [])
-        monkeypatch.setattr(call, "_wasted", 0)
+    for operator in OPERATORS.values():
+        operator.forget()
+    yield
+    for operator in OPERATORS.values():  # which would be called with tensors of a CPU that is none of a GPU's
+        operator.forget()
 
 
 @pytest.fixture(params=["new", "known"])
@@ -50,8 +53,8 @@ def dispatched(request, as_gpu, monkeypatch) -> list[str]:
         step(*inputs())
         sigmoid_focal_loss(*inputs())
         draw(torch.zeros(1, 2, 3))
-        assert len(api._call_sigmoid._known) == 2
-        assert len(heatmap_api._call_draw._known) == 1
+        assert len(SIGMOID_FOCAL_LOSS.known_calls.known) == 2
+        assert len(DRAW_HEATMAP.known_calls.known) == 1
     asked: list[str] = []
     call_operator = torch._ops.OpOverload.__call__
 
@@ -275,13 +278,13 @@ def test_compiled_and_faked(dispatched):
 
 def test_calls_can_be_told_apart():
     """Or none is ever known, and nothing but the time tells."""
-    assert registration.tensor_guards() is not None
+    assert torch_internals.tensor_guards() is not None
 
 
 def test_nothing_is_known_if_calls_cannot_be_told_apart(as_gpu, monkeypatch):
-    monkeypatch.setattr(registration, "tensor_guards", lambda: None)
+    monkeypatch.setattr(known_calls, "tensor_guards", lambda: None)
     assert_right(step(*inputs()))
-    assert api._call_sigmoid._known == []
+    assert SIGMOID_FOCAL_LOSS.known_calls.known == []
 
 
 def test_what_is_known_is_not_checked_again(as_gpu, monkeypatch):
@@ -325,25 +328,25 @@ def test_other_calls_are_told_apart_from_known_ones(other, as_gpu):
             return f"{type(error).__name__}: {error}"
 
     expected = outcome()
-    api._call_sigmoid._known = []
+    SIGMOID_FOCAL_LOSS.known_calls.known = []
     for more in {}, {"avg_factor": 3.0}, {"weight": torch.ones(4)}, {"gamma": 1.0}:
         sigmoid_focal_loss(LOGITS, LABELS, **more)
-    kept = [replace(known, way=wrong_way) for known in api._call_sigmoid._known]
+    kept = [replace(known, call=wrong_call) for known in SIGMOID_FOCAL_LOSS.known_calls.known]
     assert len(kept) == 4
-    api._call_sigmoid._known = kept
+    SIGMOID_FOCAL_LOSS.known_calls.known = kept
     for _ in range(2):
         actual = outcome()
         assert actual == expected if isinstance(expected, str) else torch.equal(actual, expected)
 
 
-def wrong_way(*_) -> None:
+def wrong_call(*_) -> None:
     raise AssertionError("taken for a known call")
 
 
 def test_other_values_are_no_other_call(as_gpu):
     sigmoid_focal_loss(LOGITS, LABELS, avg_factor=3.0)
-    (known,) = api._call_sigmoid._known
-    api._call_sigmoid._known = [replace(known, way=wrong_way)]
+    (known,) = SIGMOID_FOCAL_LOSS.known_calls.known
+    SIGMOID_FOCAL_LOSS.known_calls.known = [replace(known, call=wrong_call)]
     with pytest.raises(AssertionError, match="known call"):
         sigmoid_focal_loss(LOGITS - 1, LABELS - 1, avg_factor=8.5)
 
@@ -376,15 +379,15 @@ def test_other_gaussian_losses_are_told_apart_from_known_ones(other, as_gpu):
             return f"{type(error).__name__}: {error}"
         return [loss.detach(), *torch.autograd.grad(loss.sum(), leaf)]
 
-    call = gaussian_api._call
-    call._known = []
+    calls = GAUSSIAN_FOCAL_LOSS.known_calls
+    calls.forget()
     expected = outcome(OTHERS_ON_MAPS[other])
-    call._known = []
+    calls.forget()
     others = [options for name, options in OTHERS_ON_MAPS.items() if name != other]
     for _ in range(2):
         for options in others[:6]:
             outcome(options)
-    assert len(call._known) == 6
+    assert len(calls.known) == 6
     for _ in range(2):
         actual = outcome(OTHERS_ON_MAPS[other])
         assert actual == expected if isinstance(expected, str) else all(map(torch.equal, actual, expected))
@@ -400,7 +403,7 @@ def test_maps_are_told_apart_from_known_ones(as_gpu):
     with pytest.raises(TypeError, match="k_scale: expected a number, got bool"):
         draw(maps, k_scale=True)
     draw(maps, k_scale=np.float32(0.5))  # converted, so nothing is kept that computes with it
-    assert all(type(number) in (float, bool) for known in heatmap_api._call_draw._known for number in known.others)
+    assert all(type(number) in (float, bool) for known in DRAW_HEATMAP.known_calls.known for number in known.values)
 
 
 def test_maps_with_and_without_labels_are_told_apart(as_gpu):
@@ -423,7 +426,6 @@ def test_targets_of_other_sizes_are_told_apart(as_gpu):
 
 
 def test_fillers_are_told_apart(as_gpu, monkeypatch):
-    monkeypatch.setattr(operators.gather, "_known", [])
     data = torch.zeros(1, 2)
     indices = RaggedBatch(torch.tensor([[1, 0]]), sample_sizes=torch.tensor([1]))
     for filler in (0.0, -0.0, 0, 1, 1.0, True, 1.00001, torch.tensor(1.00001), torch.tensor(1.00002)):
@@ -448,15 +450,15 @@ def test_few_of_many_different_calls_are_kept(as_gpu):
 
     of_a_row = loss(1)
     loss(1)
-    call = api._call_sigmoid
+    calls = SIGMOID_FOCAL_LOSS.known_calls
     for rows in range(2, 300):
         torch.testing.assert_close(loss(rows), rows * of_a_row)
-        assert len(call._known) <= registration._MOST_KNOWN
+        assert len(calls.known) <= known_calls._MOST_KNOWN
         if rows % 3 == 0:
             loss(1)  # comes again and again
-    learnt = call._known
+    learnt = calls.known
     loss(300)
-    assert call._known is learnt  # too many that did not come again
+    assert calls.known is learnt  # too many that did not come again
     assert sum(known.is_used for known in learnt) == 1
     assert_right(step(*inputs()))
 
@@ -464,10 +466,10 @@ def test_few_of_many_different_calls_are_kept(as_gpu):
 def test_a_tensor_that_is_two_arguments_takes_no_place(as_gpu):
     maps, zero = torch.zeros(1, 2, 3), torch.tensor([0])
     draw(maps)
-    kept = heatmap_api._call_draw._known
+    kept = DRAW_HEATMAP.known_calls.known
     draw_heatmap(maps, torch.tensor([[1, 1]]), zero, zero)
     draw_heatmap(maps, torch.tensor([[1, 1]]), zero, zero)
-    assert heatmap_api._call_draw._known is kept
+    assert DRAW_HEATMAP.known_calls.known is kept
     assert maps.sum() == 1
 
 
@@ -487,8 +489,101 @@ def test_a_wrong_argument_is_named_as_before(options, message, as_gpu):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_ordinary_tensors_of_a_gpu_are_known():
     """Or the shorter way is not taken, and nothing but the time tells."""
-    call = api._call_softmax  # takes logits, labels, maybe class weights
-    numbers = (0.25, 2.0, "mean", None, 1.0, 0.0)
+    rest = None, 0.25, 2.0, Reduction("mean")
     logits, labels = (value.cuda() for value in inputs())
-    assert call._can_be_direct((logits, labels, None, *numbers))
-    assert not call._can_be_direct((logits, labels.cpu(), None, *numbers))
+    assert SOFTMAX_FOCAL_LOSS._direct((logits, labels, *rest)) is not None
+    assert SOFTMAX_FOCAL_LOSS._direct((logits, labels.cpu(), *rest)) is None
+
+
+class ToyOptions(NamedTuple):
+    factor: float
+    name: str
+    flag: bool
+    bound: float | None
+    pair: tuple[float, float]
+
+
+@cache
+def toy() -> Operator:
+    """An operator with an argument of every type, declared as those of the library are."""
+    operator = Operator(
+        "toy(Tensor data, Tensor? weight, Tensor[] maps, int number, Scalar filler, int[] sizes, float varied) "
+        "-> Tensor",
+        varying=("varied",),
+        reference=lambda data, *_: data.clone(),
+        fake=lambda data, **_: torch.empty_like(data),
+    )
+    return OPERATORS.pop(operator.name)
+
+
+@cache
+def toy_with_options() -> Operator:
+    operator = Operator(
+        "toy_with_options(Tensor data, ToyOptions options) -> Tensor",
+        groups=(ToyOptions,),
+        reference=lambda data, options: data * options.factor,
+        fake=lambda data, **_: torch.empty_like(data),
+    )
+    return OPERATORS.pop(operator.name)
+
+
+def test_every_argument_of_a_schema_is_part_of_the_key(as_gpu):
+    """But for those that are declared to vary: an option that is added to a schema cannot be left out."""
+    one, more = torch.zeros(2), torch.zeros(2, 2)
+    usual = {"data": one, "weight": None, "maps": [one + 1, one + 2], "number": 1, "filler": 0.0, "sizes": [1, 2]}
+    changed = {
+        "data": [more, one.double(), one.clone().requires_grad_(), torch.nn.Parameter(one)],
+        "weight": [one + 3],
+        "maps": [[one + 1], [one + 1, more], [one + 1, one + 2, one + 3]],
+        "number": [2, True],
+        "filler": [-0.0, 0, False, 1.0],
+        "sizes": [[2, 1], [1], [1, 2.0], (1, 2)],
+    }
+    operator = toy()
+    operator.forget()
+    assert {*changed, "varied"} == {*operator.schema.flat_names}
+    operator(*usual.values(), 0.5)
+    assert operator.known_calls.find((*usual.values(), 0.75)) is not None
+    for name, values in changed.items():
+        for value in values:
+            assert operator.known_calls.find((*(usual | {name: value}).values(), 0.5)) is None, (name, value)
+    with torch.no_grad():
+        assert operator.known_calls.find((*usual.values(), 0.5)) is None
+
+
+def test_every_field_of_a_group_is_part_of_the_key(as_gpu):
+    data, usual = torch.ones(2), ToyOptions(2.0, "a", False, None, (1.0, 0.0))
+    changed = {
+        "factor": [3.0, 2],
+        "name": ["b"],
+        "flag": [True, 0],
+        "bound": [0.5],
+        "pair": [(1.0, -0.0), (1, 0.0), (0.0, 1.0)],
+    }
+    operator = toy_with_options()
+    operator.forget()
+    assert {"data", *changed} == {*operator.schema.flat_names}
+    assert torch.equal(operator(data, usual), data * 2)
+    assert operator.known_calls.find((data, usual)) is not None
+    for name, values in changed.items():
+        for value in values:
+            assert operator.known_calls.find((data, usual._replace(**{name: value}))) is None, (name, value)
+
+
+def test_groups_and_lists_are_put_together_again():
+    schema = toy_with_options().schema
+    args = torch.ones(2), ToyOptions(2.0, "a", False, None, (1.0, 0.0))
+    assert schema.definition == (
+        "toy_with_options(Tensor data, float factor, str name, bool flag, float? bound, float[] pair) -> Tensor"
+    )
+    assert schema.flat(args) == (args[0], 2.0, "a", False, None, (1.0, 0.0))
+    assert schema.grouped(schema.flat(args)) == args
+    schema = toy().schema
+    args = args[0], None, [args[0], args[0]], 1, 0.0, [1, 2], 0.5
+    leaves = schema.leaves(args)
+    assert len(leaves) == 8
+    of_leaves = schema.of_leaves(8)
+    assert of_leaves.names == ["data", "weight", "maps", "maps", "number", "filler", "sizes", "varied"]
+    assert of_leaves.tensors_at == [0, 1, 2, 3]
+    assert of_leaves.together((*of_leaves.tensors(leaves), *of_leaves.rest(leaves))) == leaves
+    assert schema.of_call(leaves) == args

@@ -3,18 +3,30 @@
 On a GPU nothing here waits for the device, so an index out of range is skipped there, unless ``saccade.debug_checks``
 asks to wait and raise. Compiled code skips it on every device. No memory is touched through such an index.
 
-On a GPU each of these functions calls one operator with a Triton kernel; on the CPU they are made of PyTorch's
-operators.
+Each of these functions calls one operator. Every operator is linear in its data, and so is its gradient: it can be
+differentiated any number of times.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saccade.argument_checks import InvalidArgumentError, InvalidStateError, require_integer, require_tensor
-from saccade.ragged import operators
-from saccade.ragged.batch import RaggedBatch
-from saccade.ragged.faults import require_in_range, values_may_be_read
-from saccade.ragged.rows import fill, flatten_samples, gather_entries, place_of, put_entries, resolved
+from saccade.operator.declaration import Operator
+from saccade.operator.gradients import Gradient
+from saccade.ragged import reference
+from saccade.ragged.batch import (
+    RaggedBatch,
+    like_given,
+    require_data,
+    require_data_dims_of,
+    require_dtype_of,
+    require_ragged,
+)
+from saccade.ragged.faults import IndexOutOfRangeError, first_of, values_may_be_read
+from saccade.ragged.rows import as_samples, flatten_samples, from_samples
 
 
 def batched_indexing_access(
@@ -60,27 +72,17 @@ def batched_indexing_access(
         tensor([[12, 12, 12],
                 [20, -5, -5]])
     """
-    is_plain = not torch.compiler.is_compiling() and type(filler_value) in (bool, int, float)
-    of_filler = (repr(filler_value) if is_plain else filler_value,)  # 0.0 and -0.0 are equal
     if dim_to_index_in is None and type(input_indices) is RaggedBatch and input_indices.num_batch_dims == 1:
         data = input_data.tensor if type(input_data) is RaggedBatch else input_data
-        tensors = data, input_indices.tensor, input_indices.sample_sizes
-        gather = operators.gather.known(tensors, of_filler)
-        if gather is not None:
-            return input_indices.create_with_sample_sizes_like_self(gather(*tensors, filler_value))
+        args = data, input_indices.tensor, input_indices.sample_sizes, filler_value
+        call = GATHER.known_calls.find(args)
+        if call is not None:
+            return input_indices.create_with_sample_sizes_like_self(call(*args))
     _require_indices("input_indices", input_indices)
     dim = _dim_to_index_in(dim_to_index_in, input_indices)
     data = _padded("input_data", input_data, input_indices, dim)
-    if operators.serve(data, input_indices.tensor):
-        index, sizes = _for_operator("input_indices", input_indices, data.shape[1])
-        tensors = data, index, sizes
-        args = *tensors, filler_value
-        entries = operators.gather.learn(tensors, of_filler, args)(*args)
-    else:
-        used, index = _used("input_indices", input_indices, data.shape[1])
-        entries = gather_entries(data, index)
-        entries = fill(entries, ~used.view(*used.shape, *[1] * (entries.dim() - 2)), filler_value)
-    return input_indices.create_with_sample_sizes_like_self(_unpadded(entries, input_indices, dim), dim)
+    entries = GATHER(data, *_index_and_sizes("input_indices", input_indices, data.shape[1]), filler_value)
+    return input_indices.create_with_sample_sizes_like_self(from_samples(entries, input_indices.batch_shape, dim), dim)
 
 
 def batched_inverse_indexing_access(
@@ -127,13 +129,9 @@ def batched_inverse_indexing_access(
     _require_count("output_num_targets", output_num_targets)
     data = _padded("input_data", input_data, output_indices, dim)
     data = _first_entries("input_data", data, output_indices)
-    if operators.serve(data, output_indices.tensor):
-        index, sizes = _for_operator("output_indices", output_indices, output_num_targets)
-        spread = operators.spread(data, index, sizes, None, 0, output_num_targets, filler_value)
-    else:
-        background = operators.filled_with(filler_value, data, output_num_targets)
-        spread = put_entries(background, *_used("output_indices", output_indices, output_num_targets), data)
-    return _unpadded(spread, output_indices, dim)
+    index, sizes = _index_and_sizes("output_indices", output_indices, output_num_targets)
+    spread = SPREAD(data, index, sizes, None, 0, output_num_targets, filler_value)
+    return from_samples(spread, output_indices.batch_shape, dim)
 
 
 def batched_indexing_write(
@@ -173,23 +171,11 @@ def batched_indexing_write(
                 [3, 9, 9, 9]])
     """
     _require_indices("output_indices", output_indices)
-    _require_data("to_write", to_write)
-    _require_data("to_write_into", to_write_into)
     dim = _dim_to_index_in(dim_to_index_in, output_indices)
-    _require_alike("to_write", to_write, "to_write_into", to_write_into)
-    entries = _padded("to_write", to_write, output_indices, dim)
-    data = _padded("to_write_into", to_write_into, output_indices, dim)
-    _require_same_data_dims("to_write", entries, "to_write_into", data)
+    entries, data = _padded_alike(output_indices, ("to_write", to_write, dim), ("to_write_into", to_write_into, dim))
     entries = _first_entries("to_write", entries, output_indices)
-    if operators.serve(entries, data, output_indices.tensor):
-        index, sizes = _for_operator("output_indices", output_indices, data.shape[1])
-        written = operators.put(data, entries, index, sizes, None, 0)
-    else:
-        written = put_entries(data, *_used("output_indices", output_indices, data.shape[1]), entries)
-    written = _unpadded(written, output_indices, dim)
-    if isinstance(to_write_into, RaggedBatch):
-        return to_write_into.create_with_sample_sizes_like_self(written)
-    return written
+    written = PUT(data, entries, *_index_and_sizes("output_indices", output_indices, data.shape[1]), None, 0)
+    return like_given(to_write_into, from_samples(written, output_indices.batch_shape, dim))
 
 
 def batched_index_mapping(
@@ -238,42 +224,27 @@ def batched_index_mapping(
                 [6, 0, 0, 0]])
     """
     for name, indices in ("source_indices", source_indices), ("target_indices", target_indices):
-        _require_ragged(name, indices)
-        if indices.dim() != indices.num_batch_dims + 1:
-            raise InvalidArgumentError(_expected_no_data_dims(name, indices))
+        require_ragged(name, indices)
+        _require_no_data_dims(name, indices, InvalidArgumentError)
     if source_indices.shape != target_indices.shape:
         raise InvalidArgumentError(
             f"target_indices: expected shape {tuple(source_indices.shape)}, that of source_indices, got "
             f"{tuple(target_indices.shape)}"
         )
-    if source_indices.dtype != target_indices.dtype:
-        raise InvalidStateError(
-            f"target_indices: expected {source_indices.dtype}, the dtype of source_indices, got {target_indices.dtype}"
-        )
-    _require_indices("source_indices", source_indices)
-    _require_indices("target_indices", target_indices)
+    require_dtype_of("source_indices", source_indices, "target_indices", target_indices)
+    require_integer("source_indices", source_indices.tensor)
     _require_device("target_indices", target_indices, "source_indices", source_indices)
-    _require_data("source_data", source_data)
-    _require_data("target_data", target_data)
-    _require_alike("source_data", source_data, "target_data", target_data)
-    batch_dims = target_indices.num_batch_dims
-    target_dim = target_data.non_uniform_dim if isinstance(target_data, RaggedBatch) else batch_dims
-    source_dim = source_data.non_uniform_dim if isinstance(source_data, RaggedBatch) else batch_dims
-    source = _padded("source_data", source_data, source_indices, source_dim)
-    target = _padded("target_data", target_data, source_indices, target_dim)
-    _require_same_data_dims("source_data", source, "target_data", target)
-    if operators.serve(source, target, source_indices.tensor, target_indices.tensor):
-        source_index, sizes = _for_operator("source_indices", source_indices, source.shape[1])
-        target_index, sizes = _for_operator("target_indices", target_indices, target.shape[1], sizes)
-        written = operators.transfer(target, source, target_index, sizes, source_index)
-    else:
-        used, source_index = _used("source_indices", source_indices, source.shape[1])
-        used, target_index = _used("target_indices", target_indices, target.shape[1], used)
-        written = put_entries(target, used, target_index, gather_entries(source, source_index))
-    written = _unpadded(written, source_indices, target_dim)
-    if isinstance(target_data, RaggedBatch):
-        return target_data.create_with_sample_sizes_like_self(written)
-    return written
+    source_dim, target_dim = (
+        data.non_uniform_dim if isinstance(data, RaggedBatch) else target_indices.num_batch_dims
+        for data in (source_data, target_data)
+    )
+    source, target = _padded_alike(
+        source_indices, ("source_data", source_data, source_dim), ("target_data", target_data, target_dim)
+    )
+    source_index, sizes = _index_and_sizes("source_indices", source_indices, source.shape[1])
+    target_index, sizes = _index_and_sizes("target_indices", target_indices, target.shape[1], sizes)
+    written = TRANSFER(target, source, target_index, sizes, source_index)
+    return like_given(target_data, from_samples(written, source_indices.batch_shape, target_dim))
 
 
 def get_mask_from_indices(mask_num_targets: int, indices: RaggedBatch) -> Tensor:
@@ -305,46 +276,29 @@ def get_mask_from_indices(mask_num_targets: int, indices: RaggedBatch) -> Tensor
     """
     _require_indices("indices", indices)
     _require_count("mask_num_targets", mask_num_targets)
-    if operators.serve(indices.tensor):
-        index, sizes = _for_operator("indices", indices, mask_num_targets)
-        return _unpadded(operators.mark(index, sizes, mask_num_targets), indices, indices.num_batch_dims)
-    used, index = _used("indices", indices, mask_num_targets)
-    count = used.shape[0] * mask_num_targets
-    mask = torch.zeros(count + 1, dtype=torch.bool, device=indices.device)
-    mask = mask.scatter(0, place_of(used, index, mask_num_targets).flatten(), True)
-    return mask[:count].view(*indices.batch_shape, mask_num_targets)
+    marks = MARK(*_index_and_sizes("indices", indices, mask_num_targets), mask_num_targets)
+    return from_samples(marks, indices.batch_shape, indices.num_batch_dims)
 
 
-def _for_operator(
+def _index_and_sizes(
     name: str,
     indices: RaggedBatch,  # (*B, M)
     width: int,
     sizes: Tensor | None = None,  # (S,), by default those of the indices
 ) -> tuple[Tensor, Tensor]:
-    """The indices (S, M) and sizes (S,) as the operators take them."""
+    """The indices (S, M) and sizes (S,) as operators take them; raises for an index out of range where it may look."""
     batch_dims = indices.num_batch_dims
     index = flatten_samples(indices.tensor, batch_dims)
     if sizes is None:
         sizes = flatten_samples(indices.sample_sizes, batch_dims)
     if values_may_be_read(index):
-        within, in_range, _ = resolved(index, sizes, width)
-        require_in_range(name, index, within & ~in_range, width)
+        within, in_range, _ = reference.resolved(index, sizes, width)
+        if (wrong := first_of(within & ~in_range)) is not None:
+            raise IndexOutOfRangeError(
+                f"{name}: expected indices in [{-width}, {width}), got {int(index[wrong])} in slot {wrong[1]} of "
+                f"sample {wrong[0]}"
+            )
     return index, sizes
-
-
-def _used(
-    name: str,
-    indices: RaggedBatch,  # (*B, M)
-    width: int,
-    used: Tensor | None = None,  # (S, M), by default those within the sizes
-) -> tuple[Tensor, Tensor]:
-    """Which slots are used, (S, M), and the indices counted from the front; 0 in slots that are not used."""
-    index = flatten_samples(indices.tensor, indices.num_batch_dims)
-    within, in_range, from_front = resolved(index, indices.sample_sizes.flatten(), width)
-    used = within if used is None else used
-    require_in_range(name, index, used & ~in_range, width)
-    used = used & in_range
-    return used, from_front.where(used, 0)
 
 
 def _padded(name: str, data: Tensor | RaggedBatch, indices: RaggedBatch, dim: int) -> Tensor:
@@ -360,15 +314,27 @@ def _padded(name: str, data: Tensor | RaggedBatch, indices: RaggedBatch, dim: in
         )
     if dim >= len(shape):
         raise IndexError(f"dim_to_index_in: expected a dimension of {name}, which has {len(shape)}, got {dim}")
-    return flatten_samples(tensor if dim == batch_dims else tensor.transpose(batch_dims, dim), batch_dims)
+    return as_samples(tensor, batch_dims, dim)
 
 
-def _unpadded(tensor: Tensor, indices: RaggedBatch, dim: int) -> Tensor:
-    """(S, W, *D) as (*B, ..., W, ...) with W at ``dim``."""
-    batch_dims = indices.num_batch_dims
-    if batch_dims > 1:
-        tensor = tensor.reshape(*indices.batch_shape, *tensor.shape[1:])
-    return tensor if dim == batch_dims else tensor.transpose(batch_dims, dim)
+def _padded_alike(
+    indices: RaggedBatch,
+    of_entries: tuple[str, Tensor | RaggedBatch, int],  # name, data and where the entries lie
+    of_data: tuple[str, Tensor | RaggedBatch, int],
+) -> tuple[Tensor, Tensor]:
+    """``_padded`` entries and the data that they are written to; raises unless they agree in all but the width."""
+    (name, entries, _), (data_name, data, _) = of_entries, of_data
+    require_data(name, entries)
+    require_data(data_name, data)
+    if entries.dim() != data.dim():
+        raise InvalidStateError(
+            f"{name} and {data_name} must have the same number of dimensions, got shapes {tuple(entries.shape)} and "
+            f"{tuple(data.shape)}"
+        )
+    require_dtype_of(data_name, data, name, entries)
+    padded, padded_data = (_padded(name, data, indices, dim) for name, data, dim in (of_entries, of_data))
+    require_data_dims_of(data_name, padded_data, name, padded)
+    return padded, padded_data
 
 
 def _first_entries(name: str, entries: Tensor, indices: RaggedBatch) -> Tensor:
@@ -391,52 +357,181 @@ def _dim_to_index_in(dim: int | None, indices: RaggedBatch) -> int:
     return dim
 
 
-def _require_ragged(name: str, value: RaggedBatch) -> None:
-    if not isinstance(value, RaggedBatch):
-        raise TypeError(f"{name}: expected a RaggedBatch, got {type(value).__name__}")
-
-
 def _require_indices(name: str, indices: RaggedBatch) -> None:
-    _require_ragged(name, indices)
-    tensor = indices.tensor
-    require_integer(name, tensor)
-    if tensor.dim() != indices.num_batch_dims + 1:
-        raise InvalidStateError(_expected_no_data_dims(name, indices))
+    require_ragged(name, indices)
+    require_integer(name, indices.tensor)
+    _require_no_data_dims(name, indices, InvalidStateError)
 
 
-def _expected_no_data_dims(name: str, indices: RaggedBatch) -> str:
-    expected = indices.num_batch_dims + 1
-    return f"{name}: expected {expected} dimensions, one behind the batch dimensions, got shape {tuple(indices.shape)}"
+def _require_no_data_dims(name: str, indices: RaggedBatch, error: type[Exception]) -> None:
+    expected, shape = indices.num_batch_dims + 1, tuple(indices.shape)
+    if len(shape) != expected:
+        raise error(f"{name}: expected {expected} dimensions, one behind the batch dimensions, got shape {shape}")
 
 
-def _require_data(name: str, data: Tensor | RaggedBatch) -> None:
-    if not isinstance(data, RaggedBatch):
-        require_tensor(name, data)
-
-
-def _require_device(name: str, value: Tensor | RaggedBatch, other_name: str, other: Tensor | RaggedBatch) -> None:
-    if value.device != other.device:
-        raise InvalidStateError(f"{name}: expected device {other.device}, that of {other_name}, got {value.device}")
-
-
-def _require_alike(name: str, data: Tensor | RaggedBatch, other_name: str, other: Tensor | RaggedBatch) -> None:
-    if data.dim() != other.dim():
-        raise InvalidStateError(
-            f"{name} and {other_name} must have the same number of dimensions, got shapes {tuple(data.shape)} and "
-            f"{tuple(other.shape)}"
-        )
-    if data.dtype != other.dtype:
-        raise InvalidStateError(f"{name}: expected {other.dtype}, the dtype of {other_name}, got {data.dtype}")
-
-
-def _require_same_data_dims(name: str, data: Tensor, other_name: str, other: Tensor) -> None:
-    if data.shape[2:] != other.shape[2:]:
-        raise InvalidStateError(
-            f"{name}: expected the data dimensions of {other_name}, {tuple(other.shape[2:])}, got "
-            f"{tuple(data.shape[2:])}"
-        )
+def _require_device(name: str, value: Tensor | RaggedBatch, like_name: str, like: Tensor | RaggedBatch) -> None:
+    if value.device != like.device:
+        raise InvalidStateError(f"{name}: expected device {like.device}, that of {like_name}, got {value.device}")
 
 
 def _require_count(name: str, value: int) -> None:
     if value < 0:
         raise ValueError(f"{name}: expected at least 0, got {value}")
+
+
+def _fake_slots(*, data: Tensor, index: Tensor, **_: Any) -> Tensor:
+    return data.new_empty((*index.shape, *data.shape[2:]))
+
+
+def _fake_places(*, entries: Tensor, width: int, **_: Any) -> Tensor:
+    return entries.new_empty((entries.shape[0], width, *entries.shape[2:]))
+
+
+def _fake_copy(*, data: Tensor, **_: Any) -> Tensor:
+    return data.new_empty(data.shape)
+
+
+def _save_slots(index: Tensor, sizes: Tensor, paired_index: Tensor | None, paired_width: int) -> dict[str, Any]:
+    return {"index": index, "sizes": sizes, "paired_index": paired_index, "paired_width": paired_width}
+
+
+def _put_backward(
+    needed: Sequence[str],
+    grad_output: Tensor,
+    index: Tensor,
+    sizes: Tensor,
+    paired_index: Tensor | None,
+    paired_width: int,
+) -> dict[str, Tensor]:
+    gradients, slots = {}, (index, sizes, paired_index, paired_width)
+    if "data" in needed:
+        nothing = grad_output.new_zeros(()).expand(*index.shape, *grad_output.shape[2:])
+        gradients["data"] = PUT(grad_output, nothing, *slots)
+    if "entries" in needed:
+        gradients["entries"] = TAKE(grad_output, *slots)
+    return gradients
+
+
+def _transfer_backward(
+    needed: Sequence[str], grad_output: Tensor, index: Tensor, sizes: Tensor, source_index: Tensor, width: int
+) -> dict[str, Tensor]:
+    of_put = [{"source": "entries"}.get(name, name) for name in needed]
+    gradients = _put_backward(of_put, grad_output, index, sizes, source_index, width)
+    if "source" in needed:
+        gradients["source"] = SUM(gradients["entries"], source_index, sizes, width)
+    return gradients
+
+
+_LAUNCH = "saccade.ragged.launch:prepare"
+
+GATHER = Operator(
+    "ragged_gather(Tensor data, Tensor index, Tensor sizes, Scalar filler) -> Tensor",
+    fake=_fake_slots,
+    reference=reference.gather,
+    kernels=f"{_LAUNCH}_gather",
+    nonempty=("data", "index"),
+    gradient=Gradient(
+        of=("data",),
+        save=lambda data, index, sizes: {"index": index, "sizes": sizes, "width": data.shape[1]},
+        backward=lambda _, grad_output, index, sizes, width: {"data": SUM(grad_output, index, sizes, width)},
+    ),
+    is_composite=True,
+)
+SUM = Operator(
+    "ragged_sum(Tensor entries, Tensor index, Tensor sizes, int width) -> Tensor",
+    fake=_fake_places,
+    reference=reference.sum_up,
+    kernels=f"{_LAUNCH}_sum",
+    nonempty=("entries",),
+    gradient=Gradient(
+        of=("entries",),
+        save=lambda index, sizes: {"index": index, "sizes": sizes},
+        backward=lambda _, grad_output, index, sizes: {"entries": GATHER(grad_output, index, sizes, 0)},
+    ),
+    is_composite=True,
+)
+PUT = Operator(
+    "ragged_put(Tensor data, Tensor entries, Tensor index, Tensor sizes, Tensor? paired_index, int paired_width) "
+    "-> Tensor",
+    fake=_fake_copy,
+    reference=reference.put,
+    kernels=f"{_LAUNCH}_put",
+    nonempty=("data",),
+    gradient=Gradient(of=("data", "entries"), save=_save_slots, backward=_put_backward),
+    is_composite=True,
+)
+TRANSFER = Operator(
+    "ragged_transfer(Tensor data, Tensor source, Tensor index, Tensor sizes, Tensor source_index) -> Tensor",
+    fake=_fake_copy,
+    reference=reference.transfer,
+    kernels=f"{_LAUNCH}_transfer",
+    nonempty=("data", "source"),
+    gradient=Gradient(
+        of=("data", "source"),
+        save=lambda source, index, sizes, source_index: {
+            "index": index,
+            "sizes": sizes,
+            "source_index": source_index,
+            "width": source.shape[1],
+        },
+        backward=_transfer_backward,
+    ),
+    is_composite=True,
+)
+TAKE = Operator(
+    "ragged_take(Tensor data, Tensor index, Tensor sizes, Tensor? paired_index, int paired_width) -> Tensor",
+    fake=_fake_slots,
+    reference=reference.take,
+    kernels=f"{_LAUNCH}_take",
+    nonempty=("data", "index"),
+    gradient=Gradient(
+        of=("data",),
+        save=lambda data, index, sizes, paired_index, paired_width: {
+            "width": data.shape[1],
+            **_save_slots(index, sizes, paired_index, paired_width),
+        },
+        backward=lambda _, grad_output, index, sizes, paired_index, paired_width, width: {
+            "data": SPREAD(grad_output, index, sizes, paired_index, paired_width, width, 0)
+        },
+    ),
+    is_composite=True,
+)
+SPREAD = Operator(
+    "ragged_spread(Tensor entries, Tensor index, Tensor sizes, Tensor? paired_index, int paired_width, int width, "
+    "Scalar filler) -> Tensor",
+    fake=_fake_places,
+    reference=reference.spread,
+    kernels=f"{_LAUNCH}_spread",
+    nonempty=("entries",),
+    gradient=Gradient(
+        of=("entries",),
+        save=_save_slots,
+        backward=lambda _, grad_output, index, sizes, paired_index, paired_width: {
+            "entries": TAKE(grad_output, index, sizes, paired_index, paired_width)
+        },
+    ),
+    is_composite=True,
+)
+MARK = Operator(
+    "ragged_mark(Tensor index, Tensor sizes, int width) -> Tensor",
+    fake=lambda *, index, sizes, width: index.new_empty((index.shape[0], width), dtype=torch.bool),
+    reference=reference.mark,
+    kernels=f"{_LAUNCH}_mark",
+    nonempty=("index",),
+    is_composite=True,
+)
+PAD = Operator(
+    "ragged_pad(Tensor values, Tensor begins, Tensor sizes, int slots) -> Tensor",
+    fake=lambda *, values, begins, sizes, slots: values.new_empty((sizes.shape[0], slots, *values.shape[1:])),
+    reference=reference.pad,
+    kernels=f"{_LAUNCH}_pad",
+    nonempty=("values", "sizes"),
+    gradient=Gradient(
+        of=("values",),
+        save=lambda values, begins, sizes: {"begins": begins, "sizes": sizes, "length": values.shape[0]},
+        backward=lambda _, grad_output, begins, sizes, length: {
+            "values": reference.unpad(grad_output, begins, sizes, length)
+        },
+    ),
+    is_composite=True,
+)

@@ -1,0 +1,1 @@
+"""Focal losses, and what only losses share."""
