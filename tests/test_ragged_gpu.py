@@ -1,4 +1,7 @@
-"""Ragged batches on a GPU: waiting, equal bits, real sizes, more than 2^31 elements, streams, graphs, compilers."""
+"""Ragged batches on a GPU: what waits and what does not, values at real sizes, repeated indices, compilers.
+
+What index operations have in common with other operators is in ``test_gpu_contract.py``.
+"""
 
 import warnings
 
@@ -6,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases.losses_on_gpu import BEYOND_32_BITS, deterministic_algorithms
+from cases.on_gpu import deterministic_algorithms
 from saccade import debug_checks, ragged
-from saccade.ragged import RaggedBatch, operators
+from saccade.ragged import RaggedBatch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -86,11 +89,8 @@ def test_values_and_gradients_are_those_of_the_cpu_and_of_deterministic_algorith
     expected = function(on_cpu, index.cpu(), mask.cpu())
     expected = expected.tensor if isinstance(expected, RaggedBatch) else expected
     assert torch.allclose(result.cpu(), expected)
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic_algorithms(True):
         _, again, gradient_again = count_waits(function)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert torch.equal(again, result)
     if gradient is not None:
         (expected,) = torch.autograd.grad(expected, on_cpu, torch.ones_like(expected))
@@ -170,16 +170,6 @@ def test_real_sizes(sizes):
     assert torch.equal(of_entries, expected)
 
 
-def test_sums_have_equal_bits_run_after_run():
-    data, index, _ = problem(48, 900, 300, 11)
-    incoming = torch.randn(48, 900, 11, device="cuda")
-    result = ragged.batched_indexing_access(data, index).tensor
-    first, *others = (torch.autograd.grad(result, data, incoming, retain_graph=True)[0] for _ in range(5))
-    with deterministic_algorithms(True):
-        others.append(torch.autograd.grad(ragged.batched_indexing_access(data, index).tensor, data, incoming)[0])
-    assert all(torch.equal(first, other) for other in others)
-
-
 def test_many_tensors_become_one_batch():
     leaves = [torch.randn(size, 11, device="cuda", requires_grad=True) for size in range(48)]
     batch = ragged.combine_data(leaves)
@@ -192,90 +182,7 @@ def test_many_tensors_become_one_batch():
     assert all(torch.equal(gradient, of_row[: len(gradient)]) for gradient, of_row in zip(gradients, seed, strict=True))
 
 
-@pytest.mark.gpu_memory(25)
-def test_more_than_2_31_elements():
-    samples, width, inner = 3, 2**20, 700
-    assert samples * width * inner > BEYOND_32_BITS
-    data = torch.zeros(samples, width, inner, dtype=torch.float16, device="cuda")
-    data[2, -1] = torch.arange(inner).half()
-    index = torch.tensor([[0, 1], [0, 1], [-1, 5]], device="cuda")
-    sizes = torch.full((samples,), 2, device="cuda")
-    assert torch.equal(operators.gather(data, index, sizes, 0)[2, 0], data[2, -1])
-    # That many slots, and as many entries written to.
-    everywhere = torch.arange(width - 1, -1, -1, device="cuda").expand(samples, width)
-    turned = operators.gather(data, everywhere, torch.full((samples,), width, device="cuda"), 0)
-    assert torch.equal(turned[2, 0], data[2, -1])
-    assert not turned[2, 1].any()
-    del turned
-    entries = torch.ones(samples, 2, inner, dtype=torch.float16, device="cuda")
-    written = operators.put(data, entries, index, sizes, None, 0)
-    assert written[2, -1].eq(1).all()
-    assert written.sum(dtype=torch.float64) == samples * 2 * inner
-    del written, data
-    summed = operators.add_up(entries.float(), index, sizes, width)
-    assert summed.sum(dtype=torch.float64) == samples * 2 * inner
-    assert summed[2, -1].eq(1).all()
-
-
-# ---- streams, graphs, compilers
-
-
-def steps(data: Tensor, index: RaggedBatch, incoming: Tensor) -> list[Tensor]:
-    """Each operator, and its gradient."""
-    entries = incoming.clone().requires_grad_()
-    read = ragged.batched_indexing_access(data, index, 2).tensor
-    written = ragged.batched_indexing_write(entries, index, data)
-    mapped = ragged.batched_index_mapping(data, index, index, data * 2)
-    mask = ragged.get_mask_from_indices(data.shape[1], index)
-    seeds = incoming, data.detach() * 3, data.detach() * 5
-    gradients = torch.autograd.grad((read, written, mapped), (data, entries), seeds)
-    return [t.detach() for t in (read, written, mapped, mask, *gradients)]
-
-
-def test_cuda_graph():
-    data, index, incoming = problem(4, 20, 30, 3)
-    _ = index.mask
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        steps(data, index, incoming)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = steps(data, index, incoming)
-    with torch.no_grad():
-        data.neg_()
-        index.tensor.add_(1).remainder_(30)
-        index.sample_sizes.copy_(torch.tensor([20, 0, 3, 50]))
-    index.mask.copy_(torch.arange(20, device="cuda") < index.sample_sizes[:, None])
-    graph.replay()
-    for result, expected in zip(results, steps(data, index, incoming), strict=True):
-        assert torch.equal(result, expected)
-
-
-def test_side_stream():
-    data, index, incoming = problem(48, 50, 900, 11)
-    expected = steps(data, index, incoming)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(20_000_000)  # inputs are not there yet when the kernels are launched
-        late = data.detach().clone().requires_grad_()
-        late_index = index.create_with_sample_sizes_like_self(index.tensor.clone())
-        results = steps(late, late_index, incoming)
-    stream.synchronize()
-    for result, wanted in zip(results, expected, strict=True):
-        assert torch.equal(result, wanted)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_on_a_gpu_that_is_not_the_current_one():
-    data, index, incoming = problem(4, 20, 30, 3)
-    expected = steps(data, index, incoming)
-    there = data.detach().to("cuda:1").requires_grad_(), index.to_device("cuda:1"), incoming.to("cuda:1")
-    for result, wanted in zip(steps(*there), expected, strict=True):
-        assert result.device == torch.device("cuda:1")
-        assert torch.equal(result.cpu(), wanted.cpu())
+# ---- compilers
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
