@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import make_backend  # noqa: E402
-from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402 - needs Triton
+from triton.compiler import make_backend  # noqa: E402 - needs Triton
+from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402 - needs Triton
 
-from kernel_launches import recorded_launches  # noqa: E402
-from saccade.losses.focal import sigmoid_focal_loss, softmax_focal_loss  # noqa: E402
-from saccade.operator import torch_internals  # noqa: E402
-from saccade.operator.launch import LaunchedKernel, _specialize, dependent_launch  # noqa: E402
-from saccade.triton_dispatch import served_by_triton  # noqa: E402
+from kernel_launches import recorded_launches  # noqa: E402 - needs Triton
+from saccade.losses.focal import sigmoid_focal_loss, softmax_focal_loss  # noqa: E402 - needs Triton
+from saccade.operator import torch_internals  # noqa: E402 - needs Triton
+from saccade.operator.launch import LaunchedKernel, _specialize, dependent_launch  # noqa: E402 - needs Triton
+from saccade.triton_dispatch import served_by_triton  # noqa: E402 - needs Triton
 
 MEMORY = torch.zeros(64)
 INTEGERS = [0, 1, 2, 15, 16, 17, -1, -16, 2**31 - 1, 2**31, 2**31 + 16, 2**40, -(2**31), -(2**31) - 1, -(2**40)]

@@ -28,11 +28,11 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 if served_by_triton(torch.empty(0)):
     pytest.skip("under TRITON_INTERPRET kernels are interpreted, not compiled", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402 - needs Triton
+from triton.runtime.jit import JITFunction  # noqa: E402 - needs Triton
 
-from kernel_launches import Launch, recorded_launches  # noqa: E402
-from saccade.operator.launch import LaunchedKernel  # noqa: E402
+from kernel_launches import Launch, recorded_launches  # noqa: E402 - needs Triton
+from saccade.operator.launch import LaunchedKernel  # noqa: E402 - needs Triton
 
 PACKAGE = Path(saccade.__file__).parent
 

@@ -28,6 +28,7 @@ from saccade.losses.gaussian.api import GAUSSIAN_FOCAL_LOSS
 from saccade.losses.reduction import Reduction
 from saccade.operator import known_calls, torch_internals
 from saccade.operator.declaration import OPERATORS, Operator
+from saccade.operator.schema import Schema
 from saccade.ragged import RaggedBatch, batched_indexing_access
 
 pytestmark = pytest.mark.interpreted  # where kernels are launched, few logits take a way of their own
@@ -587,3 +588,13 @@ def test_groups_and_lists_are_put_together_again():
     assert of_leaves.tensors_at == [0, 1, 2, 3]
     assert of_leaves.together((*of_leaves.tensors(leaves), *of_leaves.rest(leaves))) == leaves
     assert schema.of_call(leaves) == args
+
+
+def test_a_list_of_tensors_and_a_group_in_one_schema_are_refused():
+    """Wherever the list stands: what is taken apart could not be put together again."""
+    for text in (
+        "toy(Tensor[] maps, ToyOptions options) -> Tensor",
+        "toy(ToyOptions options, Tensor[] maps) -> Tensor",
+    ):
+        with pytest.raises(AssertionError, match="a list of tensors and groups"):
+            Schema(text, (ToyOptions,))

@@ -15,14 +15,14 @@ os.environ["TRITON_LIBCUDA_PATH"] = sys.argv[1]
 driver = ctypes.CDLL(str(Path(sys.argv[1], "libcuda.so.1")), mode=ctypes.RTLD_GLOBAL)
 
 import torch  # noqa: E402 - Triton loads the driver above
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.driver import CudaDriver  # noqa: E402
-from triton.compiler import make_backend  # noqa: E402
-from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
+import triton  # noqa: E402 - after the driver
+from triton.backends.compiler import GPUTarget  # noqa: E402 - after the driver
+from triton.backends.nvidia.driver import CudaDriver  # noqa: E402 - after the driver
+from triton.compiler import make_backend  # noqa: E402 - after the driver
+from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402 - after the driver
 
-from kernel_launches import Launch  # noqa: E402
-from saccade.operator import torch_internals  # noqa: E402
+from kernel_launches import Launch  # noqa: E402 - after the driver
+from saccade.operator import torch_internals  # noqa: E402 - after the driver
 
 STREAM = 0x5555
 TARGET = GPUTarget("cuda", 90, 32)
@@ -45,9 +45,9 @@ class RecordingDriver(CudaDriver):
 triton.runtime.driver.set_active(RecordingDriver())
 torch_internals.current_stream = lambda device: STREAM
 
-from test_kernels_compile import CASES, launches_of  # noqa: E402
+from test_kernels_compile import CASES, launches_of  # noqa: E402 - after the driver
 
-from saccade.operator.launch import LaunchedKernel  # noqa: E402
+from saccade.operator.launch import LaunchedKernel  # noqa: E402 - after the driver
 
 through_triton = 0
 run_of_triton = JITFunction.run

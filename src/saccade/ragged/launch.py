@@ -133,7 +133,7 @@ def prepare_take(
     paired_index: Tensor | None,  # (S, M) in the dtype of index
     paired_width: int,
 ) -> Callable[..., Tensor] | None:  # (S, M, *D)
-    """Make ``TAKE``, unless sorting is faster."""
+    """Make ``TAKE``, up to ``_MOST_COMPARISONS``."""
     if index.numel() * index.shape[1] > _MOST_COMPARISONS:
         return None
     return _prepare_reading(data, index, sizes, paired_index, paired_width, 0, last=True)
@@ -145,7 +145,7 @@ def prepare_sum(
     sizes: Tensor,  # (S,) integer
     width: int,
 ) -> Callable[..., Tensor] | None:  # (S, W, *D)
-    """Make ``SUM``, in the order of the slots, unless sorting is faster."""
+    """Make ``SUM``, in the order of the slots, up to ``_MOST_COMPARISONS`` and in the dtypes that are summed."""
     (samples, slots, *trailing), dtype = entries.shape, entries.dtype
     inner = prod(trailing) * (2 if dtype.is_complex else 1)
     block_d = min(next_power_of_2(inner), 128)
@@ -185,7 +185,7 @@ def _prepare_writing(
     filler: Any = 0,
     by_pair: bool = False,
 ) -> Callable[..., Tensor] | None:
-    """Make what writes entries to a copy of data, or to data that are one number; unless sorting is faster."""
+    """Make what writes entries to a copy of data, or to data that are one number; up to ``_MOST_COMPARISONS``."""
     if not width or index.numel() * width > _MOST_COMPARISONS:
         return None
     (samples, _, *trailing), dtype, slots = entries.shape, entries.dtype, index.shape[1]
