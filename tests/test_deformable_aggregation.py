@@ -331,9 +331,9 @@ def test_kernels_touch_no_rows_that_do_not_exist(begin, height, device):
     between = memory[2 * rows : 4 * rows].view(2, rows, channels).copy_(features.detach())
     assert between.is_contiguous()  # or kernels get a copy
     inputs = [between], *(value.detach().to(device) for value in (shape, start, location, weights))
-    output = launch.aggregate(*inputs)
-    grad_output = grad_output.to(output)
-    (grad_features,), *gradients = launch.aggregate_backward(grad_output, *inputs, [True] * 3)
+    output = launch.prepare_aggregation(*inputs)(*inputs)
+    args = grad_output.to(output), *inputs, [True] * 3
+    *gradients, (grad_features,) = launch.prepare_aggregation_backward(*args)(*args)
     for number, (actual, wanted) in enumerate(zip([output, grad_features, *gradients], expected, strict=True)):
         assert_near(f"result {number}", actual, wanted, TOLERANCES[torch.float32])
 
@@ -778,6 +778,8 @@ def test_every_row_gets_its_gradient_however_the_work_is_shared_out(device, monk
     from saccade.deformable_aggregation import launch, reference
 
     monkeypatch.setattr(launch, "_ROWS_OF_WINDOW", rows_of_window)
+    monkeypatch.setattr(launch, "_SCANNED", 16)
+    monkeypatch.setattr(launch, "_CLEARED", 16)
     features, shape, start, location, weights = (
         each.detach().to(device, torch.float64 if each.is_floating_point() else None)
         for each in make([[(3, 4), (1, 2)], [(2, 5), (1, 1)]], batch=2, anchors=8, points=4, spread=spread)
@@ -790,9 +792,35 @@ def test_every_row_gets_its_gradient_however_the_work_is_shared_out(device, monk
         monkeypatch.setattr(launch, "_SCRATCH_BYTES", scratch)
         monkeypatch.setattr(launch, "_SCRATCH_SHARE", 0)
         monkeypatch.setattr(launch, "_MOST_FOR_32_BITS", most_for_32_bits)
-        (grad_features,), *rest = launch.aggregate_backward(grad_output, [features], *inputs)
+        args = grad_output, [features], *inputs
+        *rest, (grad_features,) = launch.prepare_aggregation_backward(*args)(*args)
         for actual, wanted in zip((grad_features, *rest), expected, strict=True):
             assert (actual - wanted).norm() <= 1e-12 * wanted.norm()
-        output = launch.aggregate([features], *inputs[:-1])
+        args = [features], *inputs[:-1]
+        output = launch.prepare_aggregation(*args)(*args)
         wanted = reference.deformable_aggregation([features], *inputs[:-1])
         assert (output - wanted).norm() <= 1e-12 * wanted.norm()
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_every_count_is_summed_up_whichever_program_begins_first(device, dtype):
+    """On a GPU more programs than run at a time, each of which waits for all before it."""
+    if not served_by_triton(torch.empty(0, device=device)):
+        pytest.skip("no kernel serves the CPU")
+    from saccade.deformable_aggregation.backward_kernels import scan_kernel
+    from saccade.operator.launch import LaunchSequence, Part, cdiv, dependent_launch
+
+    sizes, block, beside = ((3_000_001, 1, 1023), 512, 256) if device == "cuda" else ((1, 16, 100), 16, 4)
+    for size in sizes:
+        counts = torch.randint(0, 700, (size,), dtype=dtype).to(device)
+        programs = cdiv(size, block)
+        said = torch.zeros(1 + programs, dtype=torch.int64, device=device)
+        scan = scan_kernel.of_parts(
+            (programs,), Part(0), Part(1), size, BLOCK=block, BESIDE=beside, **dependent_launch(counts.device)
+        )
+        expected = counts.cumsum(0, dtype=dtype)
+        for _ in range(20 if device == "cuda" else 1):
+            result = counts.clone()
+            LaunchSequence(2, [scan])([result, said.zero_()])
+            assert torch.equal(result, expected)

@@ -11,9 +11,6 @@ from torch import Tensor
 
 from cases.focal_loss import EPS, sigmoid_oracle, softmax_oracle
 from saccade.losses.focal import sigmoid_focal_loss, softmax_focal_loss
-from saccade.losses.focal.api import SIGMOID_FOCAL_LOSS
-from saccade.operator import torch_internals
-from saccade.triton_dispatch import served_by_triton
 
 X = [[2.0, -1.0, 0.5], [-3.0, 0.0, 1.0], [0.25, -0.75, 4.0]]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -477,72 +474,3 @@ def test_no_power_has_no_slope(device):
 def test_activated_is_true_or_false(activated):
     with pytest.raises(TypeError, match="activated: expected True or False, got"):
         sigmoid_focal_loss(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), activated=activated)
-
-
-# ---- the gradient that comes with the loss
-
-
-@pytest.fixture
-def past_the_dispatcher(device, monkeypatch) -> None:
-    """Calls take the way of ordinary GPU tensors, on the CPU under Triton's interpreter too."""
-    if not served_by_triton(torch.empty(0, device=device)):
-        pytest.skip("has no kernel there")
-    if device == "cpu":
-        keys = torch_internals._raw_keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
-        monkeypatch.setattr(torch_internals, "ORDINARY_GPU_KEYS", keys)
-
-
-COMES_WITH_THE_LOSS = {
-    "labels": lambda x, labels, soft: sigmoid_focal_loss(x, labels),
-    "number": lambda x, labels, soft: sigmoid_focal_loss(x, labels, avg_factor=3, alpha=-1),
-    "tensor": lambda x, labels, soft: sigmoid_focal_loss(x, labels, avg_factor=x.new_tensor([3.5])[None], gamma=1.5),
-    "soft": lambda x, labels, soft: sigmoid_focal_loss(x, soft, reduction="sum"),
-    "bool": lambda x, labels, soft: sigmoid_focal_loss(x, soft > 0.5, weight=soft),
-    "class-weight": lambda x, labels, soft: sigmoid_focal_loss(x, labels, class_weight=soft[0], weight=soft[:, 0]),
-    "activated": lambda x, labels, soft: sigmoid_focal_loss(x.sigmoid(), labels, activated=True),
-    "permuted": lambda x, labels, soft: sigmoid_focal_loss(x.T.contiguous().T, labels),
-}
-
-
-@pytest.mark.interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("form", COMES_WITH_THE_LOSS)
-def test_a_gradient_that_comes_with_the_loss_is_that_of_the_operator(
-    form, dtype, device, past_the_dispatcher, monkeypatch
-):
-    generator = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(300, 5, generator=generator, dtype=dtype)).to(device)
-    labels = torch.randint(6, (300,), generator=generator).to(device)
-    soft = (torch.randint(5, (300, 5), generator=generator) / 4).to(device)
-    launch = pytest.importorskip("saccade.losses.focal.launch")  # where there is Triton
-    asked = []
-    how, backward = SIGMOID_FOCAL_LOSS._differentiation, SIGMOID_FOCAL_LOSS.backward
-    monkeypatch.setattr(how, "backward_operator", lambda *args: (asked.append(args), backward(*args))[1])
-
-    def step(most: int) -> tuple[Tensor, Tensor, Tensor]:
-        monkeypatch.setattr(launch, "_FEW_LOGITS", most)
-        SIGMOID_FOCAL_LOSS.forget()
-        leaf = logits.clone().requires_grad_()
-        loss = COMES_WITH_THE_LOSS[form](leaf, labels, soft)
-        (gradient,) = torch.autograd.grad(-1.75 * loss.sum(), leaf, retain_graph=True)
-        (again,) = torch.autograd.grad(3 * loss.sum(), leaf)
-        return loss.detach(), gradient, again
-
-    expected = step(0)
-    assert len(asked) == 2
-    actual = step(1 << 19)
-    assert len(asked) == 2  # the operator was not needed again
-    assert torch.equal(actual[0], expected[0])
-    for left, right in zip(actual[1:], expected[1:], strict=True):
-        assert left.stride() == right.stride()
-        # The incoming gradient is multiplied with later: two roundings more.
-        assert torch.allclose(left, right, rtol=4 * torch.finfo(dtype).eps, atol=0)
-
-
-@pytest.mark.interpreted
-def test_a_gradient_that_comes_with_the_loss_cannot_be_differentiated(device, past_the_dispatcher):
-    logits = torch.randn(4, 3, device=device, requires_grad=True)
-    loss = sigmoid_focal_loss(logits, torch.tensor([0, 1, 2, 3], device=device))
-    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        gradient.sum().backward()

@@ -22,7 +22,14 @@ from triton.runtime.jit import JITFunction, create_function_from_signature  # no
 from kernel_launches import recorded_launches  # noqa: E402 - needs Triton
 from saccade.losses.focal import sigmoid_focal_loss, softmax_focal_loss  # noqa: E402 - needs Triton
 from saccade.operator import torch_internals  # noqa: E402 - needs Triton
-from saccade.operator.launch import LaunchedKernel, _specialize, dependent_launch  # noqa: E402 - needs Triton
+from saccade.operator.launch import (  # noqa: E402 - needs Triton
+    LaunchedKernel,
+    LaunchSequence,
+    Part,
+    Scratch,
+    _specialize,
+    dependent_launch,
+)
 from saccade.triton_dispatch import served_by_triton  # noqa: E402 - needs Triton
 
 MEMORY = torch.zeros(64)
@@ -77,8 +84,7 @@ def test_what_triton_specializes_on_is_told_apart(specialization, first, second)
 def test_values_and_specialization():
     values: list = []
     found: list = []
-    device = _specialize((MEMORY, None, (MEMORY[1:], 16), 0.5, 7), values, found)
-    assert device == -1  # not a GPU
+    _specialize((MEMORY, None, (MEMORY[1:], 16), 0.5, 7), values, found)
     assert values == [MEMORY.data_ptr(), None, (MEMORY.data_ptr() + 4, 16), 0.5, 7]
     assert found[:3] == [torch.float32, None, ((torch.float32, "not aligned"), specialization_here(32)[0])]
     assert len({*map(str, found)}) == 5
@@ -89,7 +95,6 @@ def test_a_prepared_launch_is_that_of_the_kernel():
         pytest.skip("under TRITON_INTERPRET nothing is recorded")
     kernel = LaunchedKernel(_of_any_number)
     with recorded_launches() as launches:
-        kernel[(3,)](MEMORY, 0.5, 7, CONSTANT=2)
         kernel.prepare((3,), 7, CONSTANT=2)([MEMORY], 0.5)
         kernel.prepare((3,), 7, CONSTANT=2)([MEMORY], 1)  # an int where the kernel takes a float
     for launch in launches:
@@ -97,8 +102,58 @@ def test_a_prepared_launch_is_that_of_the_kernel():
         assert launch.options == {"CONSTANT": 2, "enable_fp_fusion": True}
         assert launch.arguments[0] is MEMORY
         assert launch.arguments[2] == 7
-    assert [launch.arguments[1] for launch in launches] == [0.5, 0.5, 1.0]
-    assert isinstance(launches[2].arguments[1], float)
+    assert [launch.arguments[1] for launch in launches] == [0.5, 1.0]
+    assert isinstance(launches[1].arguments[1], float)
+
+
+def test_a_sequence_gives_each_launch_its_parts():
+    if served_by_triton(MEMORY):
+        pytest.skip("under TRITON_INTERPRET nothing is recorded")
+    kernel, scratch = LaunchedKernel(_of_any_number), Scratch(1)
+    first, second = scratch.part(3, torch.int64), scratch.part(0, torch.float32)
+    assert (first, second, scratch.bytes) == ((1, 0, torch.int64), (1, 128, torch.float32), 256)
+    arguments = [(Part(0, 8), 0, 16), (first, 7, 16), (second, (Part(0), 7, second), 1)]
+    launches = [kernel.of_parts((n + 1,), *each, CONSTANT=n) for n, each in enumerate(arguments)]
+    memory = torch.zeros(scratch.bytes, dtype=torch.uint8)
+    with recorded_launches() as recorded:
+        LaunchSequence(2, launches)([MEMORY[2:], memory])
+    assert [launch.grid for launch in recorded] == [(1,), (2,), (3,)]
+    assert [launch.options["CONSTANT"] for launch in recorded] == [0, 1, 2]
+    (within, *_), (of_first, *_), (of_second, inner, _) = (launch.arguments for launch in recorded)
+    for tensor, address, dtype in (
+        (within, MEMORY.data_ptr() + 16, torch.float32),
+        (of_first, memory.data_ptr(), torch.int64),
+        (of_second, memory.data_ptr() + 128, torch.float32),
+        (inner[0], MEMORY.data_ptr() + 8, torch.float32),
+        (inner[2], memory.data_ptr() + 128, torch.float32),
+    ):
+        assert (tensor.data_ptr(), tensor.dtype) == (address, dtype)
+    assert [launch.arguments[1:] for launch in recorded[:2]] == [(0, 16), (7, 16)]
+
+
+@pytest.mark.parametrize("launcher", [0, 1])
+def test_a_sequence_is_not_launched_with_memory_that_is_aligned_otherwise(launcher, monkeypatch):
+    """12 bytes behind an address that is no multiple of 16 may be one, and may not."""
+    if served_by_triton(MEMORY):
+        pytest.skip("under TRITON_INTERPRET nothing is compiled")
+    launched: list[tuple] = []
+    compiled: list[int] = []
+
+    def compile_and_launch(kernel: JITFunction, tensor: torch.Tensor, *_: Any, **options: Any) -> SimpleNamespace:
+        compiled.append(tensor.data_ptr() % 16)
+        return compiled_kernel((LauncherOfTriton36, LauncherOfTriton37)[launcher](launched))
+
+    monkeypatch.setattr(JITFunction, "run", compile_and_launch)
+    monkeypatch.setattr("saccade.operator.launch.current_stream", lambda device: 0)
+    kernel = LaunchedKernel(_of_any_number)
+    sequence = LaunchSequence(1, [kernel.of_parts((1,), Part(0, 12), 5, 7, CONSTANT=2)])
+    starts = [1, 5, 2, 1, 0, 1, 2, 6]
+    for start in starts:
+        sequence([MEMORY[start:]])
+    assert compiled == [0, 4], "once aligned, once not"
+    addresses = [value for parts in launched for part in parts for value in (part if type(part) is tuple else [part])]
+    for start in (5, 1, 0, 6):
+        assert MEMORY.data_ptr() + 4 * start + 12 in addresses
 
 
 class LauncherOfTriton36:
@@ -152,13 +207,12 @@ def direct_launch(launcher: Any) -> Any:
 
 
 @each_form
-def test_a_direct_launch_gives_the_function_in_c_what_the_launcher_does(launcher, monkeypatch):
-    monkeypatch.setattr(torch_internals, "current_stream", lambda device: 100 + device)
+def test_a_direct_launch_gives_the_function_in_c_what_the_launcher_does(launcher):
     launched: list[tuple] = []
     of_triton = launcher(launched)
     launch = direct_launch(of_triton)
     assert launched == [], "nothing is launched where it is only asked"
-    launch((4, 5, 6), 1, [8, 1.5, 3])
+    launch((4, 5, 6), 101, [8, 1.5, 3])
     of_triton(4, 5, 6, 101, "function", "metadata", None, None, None, 8, 1.5, 3, 2)
     assert launched[0] == launched[1]
 
@@ -187,7 +241,7 @@ def test_a_kernel_compiled_for_aligned_memory_is_not_launched_with_other_memory(
         return compiled_kernel(launcher(launched))
 
     monkeypatch.setattr(JITFunction, "run", compile_and_launch)
-    monkeypatch.setattr(torch_internals, "current_stream", lambda device: 0)
+    monkeypatch.setattr("saccade.operator.launch.current_stream", lambda device: 0)
     launch = LaunchedKernel(_of_any_number).prepare((3,), 7, CONSTANT=2)
     aligned, also_aligned, not_aligned, neither = MEMORY, MEMORY[4:], MEMORY[1:], MEMORY[6:]
     for tensor in (aligned, also_aligned, not_aligned, aligned, neither):
@@ -242,6 +296,7 @@ def test_cached_launches_give_the_driver_what_triton_does(tmp_path):
     assert found["differ"] == []
     assert found["compared"] >= 25, "every kernel"
     assert found["prepared"] >= 16
+    assert found["in_sequences"] >= 11
 
 
 @pytest.mark.slow

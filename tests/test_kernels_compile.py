@@ -76,27 +76,34 @@ def as_maps(features: torch.Tensor, spatial_shape: torch.Tensor) -> list[torch.T
 
 
 def aggregation_forward(*args, by_level: bool = False, **kwargs) -> None:
-    from saccade.deformable_aggregation.launch import aggregate
+    from saccade.deformable_aggregation.launch import prepare_aggregation
 
     features, spatial_shape, *rest = aggregation(*args, **kwargs)
-    aggregate(as_maps(features, spatial_shape) if by_level else [features], spatial_shape, *rest)
+    maps = as_maps(features, spatial_shape) if by_level else [features]
+    launch(prepare_aggregation, maps, spatial_shape, *rest)
 
 
 def aggregation_backward(
     *args, needed: tuple[bool, bool, bool] = (True, True, True), by_level: bool = False, **kwargs
 ) -> None:
-    from saccade.deformable_aggregation.launch import aggregate_backward
+    from saccade.deformable_aggregation.launch import prepare_aggregation_backward
 
     features, spatial_shape, *rest = aggregation(*args, **kwargs)
     maps = as_maps(features, spatial_shape) if by_level else [features]
     grad_output = torch.empty(2, 16, features.shape[2]).to(features)
-    aggregate_backward(grad_output, maps, spatial_shape, *rest, needed)
+    launch(prepare_aggregation_backward, grad_output, maps, spatial_shape, *rest, needed)
 
 
 def aggregation_backward_counted_with_64_bits() -> None:
     with patch("saccade.deformable_aggregation.launch._MOST_FOR_32_BITS", 0):
         aggregation_backward()
         aggregation_backward(by_level=True)
+
+
+def aggregation_backward_of_many_rows() -> None:
+    with patch("saccade.deformable_aggregation.launch._SCANNED", 2**20):
+        aggregation_backward()
+        aggregation_backward_counted_with_64_bits()
 
 
 FPN = ((16, 44), (8, 22), (4, 12), (4, 8))
@@ -132,7 +139,7 @@ def sigmoid_focal(
     result = launch(focal.prepare_sigmoid_focal_loss, *args)
     launch(focal.prepare_sigmoid_focal_loss_backward, result, *args, [True, weight is not None])
     if mode != "none":
-        with patch.object(focal, "_FEW_LOGITS", 2**62):
+        with patch.object(focal, "_FEW_TOGETHER", 2**62):
             together = focal.prepare_sigmoid_focal_loss_with_gradient(*args)
         if together is not None:  # halves have none
             together(*args)
@@ -177,6 +184,10 @@ def gaussian_focal(
     options = GaussianOptions(alpha, gamma, 1.0, 1.0, with_logits, clip)
     args = pred, target, weight, options
     result, count = launch(gaussian.prepare_gaussian_focal_loss, *args, Reduction(mode))
+    if mode not in ("none", "num_pos"):
+        together = gaussian.prepare_gaussian_focal_loss_with_gradient(*args, Reduction(mode))
+        if together is not None:  # halves have none
+            together(*args, Reduction(mode))
     of_backward = Reduction("mean", count) if mode == "num_pos" else Reduction(mode)
     launch(gaussian.prepare_gaussian_focal_loss_backward, result, *args, of_backward, [True, weight is not None])
 
@@ -366,10 +377,11 @@ CASES: list[tuple[str, Callable[[], object]]] = [
     ("aggregate_backward/float64", partial(aggregation_backward, torch.float64)),
     ("aggregate_backward/maps", partial(aggregation_backward, by_level=True)),
     ("aggregate_backward/64-bits", aggregation_backward_counted_with_64_bits),
+    ("aggregate_backward/many-rows", aggregation_backward_of_many_rows),
     ("aggregate_backward/float64-locations", partial(aggregation_backward, location_dtype=torch.float64)),
-    ("aggregate_backward/features", partial(aggregation_backward, needed=(True, False, False))),
-    ("aggregate_backward/location", partial(aggregation_backward, needed=(False, True, False))),
-    ("aggregate_backward/weights", partial(aggregation_backward, needed=(False, False, True))),
+    ("aggregate_backward/features", partial(aggregation_backward, needed=(False, False, True))),
+    ("aggregate_backward/location", partial(aggregation_backward, needed=(True, False, False))),
+    ("aggregate_backward/weights", partial(aggregation_backward, needed=(False, True, False))),
     *(
         (
             f"aggregate_backward/{channels}-channels-{groups}-groups",

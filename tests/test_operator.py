@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from saccade import debug_checks
+from saccade import debug_checks, deformable_aggregation, feature_maps_format
 from saccade.gaussian_heatmap import draw_heatmap, draw_heatmap_batched, heatmap_targets
 from saccade.gaussian_heatmap.api import DRAW_HEATMAP
 from saccade.losses.focal import api, sigmoid_focal_loss
@@ -127,7 +127,7 @@ def test_differentiating_twice_raises(dispatched):
     logits, labels = inputs()
     loss = sigmoid_focal_loss(logits.requires_grad_(), labels)
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+    with pytest.raises(RuntimeError, match=r"^saccade::sigmoid_focal_loss cannot be differentiated twice"):
         gradient.sum().backward()
 
 
@@ -462,6 +462,20 @@ def test_few_of_many_different_calls_are_kept(as_gpu):
     assert calls.known is learnt  # too many that did not come again
     assert sum(known.is_used for known in learnt) == 1
     assert_right(step(*inputs()))
+
+
+def test_a_list_is_not_taken_for_the_tensor_in_it(as_gpu):
+    """Nor rows for the list of them: what is wrong raises, whatever was called before."""
+    maps = torch.rand(1, 1, 2, 3, 3).permute(0, 1, 4, 2, 3)
+    rows, shape, start = feature_maps_format([maps])
+    points = torch.rand(1, 2, 1, 1, 2), torch.rand(1, 2, 1, 1, 1, 1)
+    for _ in range(2):
+        of_list = deformable_aggregation([maps], None, None, *points)
+        assert torch.allclose(of_list, deformable_aggregation(rows, shape, start, *points))
+    with pytest.raises(TypeError, match="spatial_shape"):
+        deformable_aggregation(maps, None, None, *points)
+    with pytest.raises(ValueError, match="spatial_shape: expected None with a list of maps"):
+        deformable_aggregation([rows], shape, start, *points)
 
 
 def test_a_tensor_that_is_two_arguments_takes_no_place(as_gpu):

@@ -47,7 +47,7 @@ torch_internals.current_stream = lambda device: STREAM
 
 from test_kernels_compile import CASES, launches_of  # noqa: E402 - after the driver
 
-from saccade.operator.launch import LaunchedKernel  # noqa: E402 - after the driver
+from saccade.operator.launch import LaunchedKernel, LaunchSequence, Part  # noqa: E402 - after the driver
 
 through_triton = 0
 run_of_triton = JITFunction.run
@@ -101,15 +101,25 @@ def others_like(argument: Any) -> Any:
     return tuple(map(others_like, argument)) if type(argument) is tuple else argument
 
 
-def compare(launch: Launch) -> tuple[list[str], bool]:
-    """In what a launch differs from Triton's, and whether it could be prepared, too."""
+def as_parts(argument: Any, tensors: list[torch.Tensor]) -> Any:
+    """An argument as a sequence of launches takes it; its tensors are added to the others."""
+    if type(argument) is tuple:
+        return tuple(as_parts(each, tensors) for each in argument)
+    if isinstance(argument, torch.Tensor):
+        tensors.append(argument)
+        return Part(len(tensors) - 1)
+    return argument
+
+
+def compare(launch: Launch) -> tuple[list[str], set[str]]:
+    """In what launches differ from Triton's, and how they can be made: prepared, and in a sequence."""
     options = dict(launch.options)
     if "PDL" in options:
         options |= {"PDL": True, "launch_pdl": True}
     given, others = launch.arguments, tuple(map(others_like, launch.arguments))
     sizes = [8 if kind.startswith("*") else SIZES[kind] for kind in kinds(launch, given, options)] + [8, 8]  # scratch
     driver.set_sizes(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
-    differ = []
+    differ, made = [], set()
 
     def same(what: str, call: Any, arguments: tuple) -> None:
         before = through_triton
@@ -118,29 +128,49 @@ def compare(launch: Launch) -> tuple[list[str], bool]:
             differ.append(f"{what}: went through Triton")
         if actual != reached(lambda: launch.kernel[launch.grid](*arguments, **options)):
             differ.append(f"{what}: something else reached the driver")
+        made.add(what)
 
     kernel = LaunchedKernel(launch.kernel)
-    reached(lambda: kernel[launch.grid](*given, **options))
-    same("kept", lambda: kernel[launch.grid](*given, **options), given)
-    same("kept, other values", lambda: kernel[launch.grid](*others, **options), others)
     tensors = 0
     while tensors < len(given) and (given[tensors] is None or isinstance(given[tensors], torch.Tensor)):
         tensors += 1
     numbers = tensors
     while numbers < len(given) and type(given[numbers]) is float:
         numbers += 1
-    can_be_prepared = given[0] is not None and all(type(value) in (int, tuple) for value in given[numbers:])
-    if can_be_prepared:
-        prepared = LaunchedKernel(launch.kernel).prepare(launch.grid, *given[numbers:], **options)
+    last, in_a_sequence, in_another = given[numbers:], [], []
+    parts = [as_parts(argument, in_a_sequence) for argument in given]
+    other_tensors = (*others[:numbers], *map(tensors_like, last))
+    as_parts(other_tensors, in_another)
+    if given[0] is not None and all(map(is_number, last)):
+        prepared = kernel.prepare(launch.grid, *last, **options)
         reached(lambda: prepared(given[:tensors], *given[tensors:numbers]))
-        arguments = (*others[:numbers], *given[numbers:])
+        arguments = (*others[:numbers], *last)
         same("prepared", lambda: prepared(others[:tensors], *others[tensors:numbers]), arguments)
-    return differ, can_be_prepared
+    if tensors == numbers and None not in parts:
+        sequence = LaunchSequence(len(in_a_sequence), [kernel.of_parts(launch.grid, *parts, **options)])
+        if "prepared" not in made:
+            reached(lambda: sequence(in_a_sequence))
+        same("alone in a sequence", lambda: sequence(in_a_sequence), given)
+        same("in a sequence", lambda: sequence(in_another), other_tensors)
+    if not made:
+        differ.append("neither prepared nor in a sequence")
+    return differ, made
+
+
+def is_number(argument: Any) -> bool:
+    return all(map(is_number, argument)) if type(argument) is tuple else argument is None or type(argument) is int
+
+
+def tensors_like(argument: Any) -> Any:
+    """An argument with other tensors and the same numbers."""
+    if type(argument) is tuple:
+        return tuple(map(tensors_like, argument))
+    return others_like(argument) if isinstance(argument, torch.Tensor) else argument
 
 
 def main(every_case: bool) -> None:
     """Compare the launches of all cases, or one for each kernel."""
-    seen, differ, compared, prepared = set(), [], 0, 0
+    seen, differ, compared, prepared, in_sequences = set(), [], 0, 0, 0
     for name, call in CASES:
         for launch in launches_of(call):
             key = launch.name
@@ -149,10 +179,11 @@ def main(every_case: bool) -> None:
             if key in seen:
                 continue
             seen.add(key)
-            found, was_prepared = compare(launch)
+            found, made = compare(launch)
             differ += [f"{name}, {launch.name}: {what}" for what in found]
-            compared, prepared = compared + 1, prepared + was_prepared
-    print(json.dumps({"compared": compared, "prepared": prepared, "differ": differ}))
+            compared, prepared = compared + 1, prepared + ("prepared" in made)
+            in_sequences += "in a sequence" in made
+    print(json.dumps({"compared": compared, "prepared": prepared, "in_sequences": in_sequences, "differ": differ}))
 
 
 if __name__ == "__main__":

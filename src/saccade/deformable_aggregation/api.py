@@ -67,6 +67,14 @@ def deformable_aggregation(
         tensor([[[2.5000]]])
     """
     is_list = isinstance(feature_maps, (list, tuple))
+    maps: Sequence[Any] = feature_maps if is_list else [feature_maps]
+    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+        maps = [*map(_in_autocast_dtype, maps)]
+    args = maps, spatial_shape, scale_start_index, sampling_location, weights
+    if is_list == (spatial_shape is None and scale_start_index is None):
+        call = DEFORMABLE_AGGREGATION.known_calls.find(args)
+        if call is not None:
+            return call(*args)
     if not is_list:
         require_floating("feature_maps", feature_maps)
     for name, index in (("spatial_shape", spatial_shape), ("scale_start_index", scale_start_index)):
@@ -74,11 +82,6 @@ def deformable_aggregation(
             require_integer(name, index)
         elif index is not None:
             raise ValueError(f"{name}: expected None with a list of maps, got {type(index).__name__}")
-    maps = [_in_autocast_dtype(feature) for feature in (feature_maps if is_list else [feature_maps])]
-    args = maps, spatial_shape, scale_start_index, sampling_location, weights
-    call = DEFORMABLE_AGGREGATION.known_calls.find(args)
-    if call is not None:
-        return call(*args)
     if is_list and not _are_read_in_place(*args):
         rows, spatial_shape, scale_start_index = feature_maps_format(feature_maps)
         return deformable_aggregation(rows, spatial_shape, scale_start_index, sampling_location, weights)

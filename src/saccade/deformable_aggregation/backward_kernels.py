@@ -5,7 +5,7 @@ points that touch it. So every row is read once and its gradient written once, i
 atomics, without a float32 copy, and with the same bits in every run. Two neighbouring rows are touched together: a
 *record* is the upper or the lower two corners of a point on a level, filed under the first row of the two.
 
-1. `count_kernel`, a running sum, `place_kernel`: file the records by row. Integer atomics deal out the places, so
+1. `count_kernel`, `scan_kernel`, `place_kernel`: file the records by row. Integer atomics deal out the places, so
    `order_and_split_kernel` then sorts those of each row by their number: a record's place is how many of its row come
    before it.
 2. The same kernel cuts rows and records into windows of equal work, if need be within the records of a row.
@@ -130,6 +130,15 @@ def _any(flags):
 
 @LaunchedKernel
 @triton.jit
+def clear_kernel(words, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Write zeros."""
+    wait_for_previous_kernel(PDL)
+    word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(words + word, tl.zeros([BLOCK], tl.int32), mask=word < size)
+
+
+@LaunchedKernel
+@triton.jit
 def count_kernel(
     spatial_shape, scale_start_index, location, counts, slots, points, points_of_sample, samples, map_rows,
     N: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
@@ -147,6 +156,31 @@ def count_kernel(
         row = _row_of(level, point // points_of_sample, row, samples, map_rows)
         slot = tl.atomic_add(counts + 1 + row, 1, mask=exists, sem="relaxed")
         tl.store(slots + record, slot, mask=exists)
+
+
+@LaunchedKernel
+@triton.jit
+def scan_kernel(counts, sums, size, BLOCK: tl.constexpr, BESIDE: tl.constexpr, PDL: tl.constexpr):
+    """Sum up counts from the first to each, in place and in one launch: every program adds what those before it say.
+
+    `sums`, all 0 before, gets the number of programs that have begun, and of each its own sum plus 1. A program takes
+    its block by that number, not by its own: so those that it waits for have begun, and none waits for one that cannot
+    begin before it ends. What programs look at grows with their square: give them many counts where there are many.
+    """
+    wait_for_previous_kernel(PDL)
+    number = tl.atomic_add(sums, 1, sem="relaxed")
+    position = number * BLOCK + tl.arange(0, BLOCK)
+    count = tl.load(counts + position, mask=position < size, other=0).to(tl.int64)
+    tl.atomic_xchg(sums + 1 + number, tl.sum(count, 0) + 1, sem="relaxed")
+    before = tl.zeros([], tl.int64)
+    for first in range(0, number, BESIDE):
+        other = first + tl.arange(0, BESIDE)
+        said = tl.load(sums + 1 + other, mask=other < number, other=1, volatile=True)
+        while tl.min(said, 0) == 0:
+            said = tl.load(sums + 1 + other, mask=other < number, other=1, volatile=True)
+        before += tl.sum(said, 0) - BESIDE
+    total = before + tl.cumsum(count, 0)
+    tl.store(counts + position, total.to(counts.dtype.element_ty), mask=position < size)
 
 
 @LaunchedKernel

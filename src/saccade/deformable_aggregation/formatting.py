@@ -11,7 +11,7 @@ from torch import Tensor
 from saccade.argument_checks import require_floating, require_integer, require_shape
 from saccade.operator.declaration import Operator
 from saccade.operator.gradients import Gradient
-from saccade.operator.torch_internals import may_have_been_written_to, weak_tensor_keys
+from saccade.operator.torch_internals import current_stream, may_have_been_written_to, weak_tensor_keys
 from saccade.ordinary_tensors import may_be_kept
 
 _Sizes = tuple[tuple[int, int], ...]  # (height, width) of each of the L maps of a camera
@@ -113,7 +113,7 @@ def index_tensors(cameras: _Cameras, rows: Tensor, by_level: bool = False) -> tu
     if not may_be_kept(rows):
         return _make_index_tensors(cameras, rows.device, by_level)
     # Kept apart for each stream: what one stream has yet to fill, another must not read.
-    stream = torch.cuda.current_stream(rows.device).cuda_stream if rows.is_cuda else None
+    stream = current_stream(rows.get_device()) if rows.is_cuda else None
     key = (cameras, by_level, rows.device, stream)
     tensors = _kept.pop(key, None)
     if tensors is None or any(map(may_have_been_written_to, tensors)):  # none yet, or somebody wrote to them

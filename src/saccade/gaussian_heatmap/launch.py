@@ -112,11 +112,14 @@ def _prepare_drawing(
         (cdiv(cells, _CLEARED),), cells, BLOCK=_CLEARED, num_warps=_WARPS_TO_CLEAR, **options
     )
 
-    def draw(heatmap: Tensor, *args: Any) -> None:
+    of_kernel = falloff, k_scale, *more
+
+    def draw(*args: Any) -> None:
+        tensors = args[: count + 1]
         if clear:
-            clearing((heatmap,))
+            clearing(tensors[:1])
         for launch in launches:
-            launch((heatmap, *args[:count]), falloff, k_scale, *more)
+            launch(tensors, *of_kernel)
 
     return draw
 

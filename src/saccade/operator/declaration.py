@@ -94,18 +94,19 @@ class Operator:
         self._reference, self._kernels, self._check, self._faults = reference, kernels, check, faults
         self._nonempty = [self.schema.names.index(name) for name in nonempty]
         self._is_composite = is_composite
-        self._prepared: dict[Args | None, Call] = {}
+        self._prepared: dict[tuple[Call, Args], Call | None] = {}
         self._register(fake)
         self.backward: Operator | None = None
         if isinstance(gradient, Backward):
+            of_backward = self.schema.of_backward(gradient.of)
             self.backward = Operator(
-                self.schema.of_backward(gradient.of),
+                of_backward,
                 reference=gradient.reference,
                 fake=gradient.fake or partial(_fake_gradients, gradient.of),
                 kernels=gradient.kernels,
                 nonempty=nonempty,
                 varying=varying,
-                gradient=cannot_be_differentiated(self.name),
+                gradient=cannot_be_differentiated(self.name, of_backward),
             )
         self._differentiation = None if gradient is None else Differentiation(self.schema, gradient, self.backward)
         if self._differentiation is not None:
@@ -145,7 +146,9 @@ class Operator:
             return None
         how = self._differentiation
         if how is not None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            return how.recorded_with_gradient(args) or how.recorded(self._computation(args))
+            together = how.prepare_with_gradient(args)
+            with_gradient = together and self._prepared_by(together, args)
+            return how.recorded_with_gradient(with_gradient) if with_gradient else how.recorded(self._computation(args))
         call = self._computation(args)
         return self._with_versions_counted(call) if self.schema.written else call
 
@@ -154,13 +157,18 @@ class Operator:
         is_empty = not all(_has_elements(args[position]) for position in self._nonempty)
         if self._kernels is None or is_empty or not served_by_triton(self._first_tensor(args)):
             return self._reference
+        return self._prepared_by(self._prepare, args) or self._reference
+
+    def _prepared_by(self, prepare: Call, args: Args) -> Call | None:
+        """What a function prepares for all calls like this one, now or at an earlier one."""
         key = self.known_calls.key(args)
-        call = self._prepared.get(key) or self._prepare(*args) or self._reference
-        if key is not None:
+        if key is None:
+            return prepare(*args)
+        if (prepare, key) not in self._prepared:
             if len(self._prepared) == _MOST_PREPARED:
                 self._prepared.clear()
-            self._prepared[key] = call
-        return call
+            self._prepared[prepare, key] = prepare(*args)
+        return self._prepared[prepare, key]
 
     @cached_property
     def _prepare(self) -> Call:

@@ -62,8 +62,8 @@ def room_for_gradients(
     )
 
 
-def cannot_be_differentiated(name: str) -> Gradient:
-    """For a backward operator: differentiated itself, it raises.
+def cannot_be_differentiated(name: str, schema: Schema) -> Gradient:
+    """For the backward operator of an operator, which has this schema: differentiated itself, it raises.
 
     ``once_differentiable`` does not notice a second derivative of a scalar loss, whose incoming gradient is a constant;
     the saved inputs of a backward operator do require grad then, so a node of its own raises.
@@ -72,19 +72,24 @@ def cannot_be_differentiated(name: str) -> Gradient:
     def backward(*_: Any, **__: Any) -> dict[str, Tensor]:
         raise RuntimeError(f"saccade::{name} cannot be differentiated twice")
 
-    return Gradient((), lambda: {}, backward)
+    listed = {schema.names[schema.list_at]} if schema.list_at is not None else set()
+    of = (*(name for name in schema.names if name in schema.tensors - listed), *listed)
+    return Gradient(of, lambda: {}, backward)
 
 
 class Differentiation:
     """What autograd does for an operator: keeps something of a call, and makes gradients of it.
 
-    Autograd does not look into lists of tensors: these are taken apart, as arguments and as results.
+    Autograd is given the tensors that have gradients, and with them the arguments as one value that it does not look
+    into. Nor does it look into lists of tensors: these are taken apart, as arguments and as results.
     """
 
     def __init__(self, schema: Schema, gradient: Backward | Gradient, backward_operator: Call | None):
         """The operator is that of a ``Backward``."""
         self.schema, self.gradient, self.backward_operator = schema, gradient, backward_operator
-        self._of_at = [schema.names.index(name) for name in gradient.of]
+        of_at = [schema.names.index(name) for name in gradient.of]
+        self._of, self._has_list = pick(of_at), schema.list_at is not None and schema.list_at in of_at
+        assert not self._has_list or of_at[-1] == schema.list_at, f"{schema.name}: a list is the last to have gradients"
         self._of_leaves = schema.of_leaves(len(schema.flat_names)) if schema.list_at is None else None
         if isinstance(gradient, Gradient):
             named = [*schema.names, "result"]
@@ -94,45 +99,55 @@ class Differentiation:
         self._apply = _recorded_as(schema.name, self._forward, self._backward)
         self._apply_with_gradient = _recorded_as(schema.name, self._forward_with_gradient, self._backward_with_gradient)
 
-    # ---- a call is recorded
+    # ---- a call is recorded. A step on little data takes as long as the host takes, and longest where autograd's own
+    # thread runs Python.
 
     def recorded(self, call: Call) -> Call:
         """The call, as autograd records it."""
-        schema, apply = self.schema, self._apply
-        if schema.list_at is None and not self._gives_list:
-            return lambda *args: apply(*args, call)
-        before_list = len(schema.results) - 1
+        apply, of, before_list = self._apply, self._of, len(self.schema.results) - 1
+        if self._gives_list:
 
-        def with_lists(*args: Any) -> Any:
-            result = apply(*schema.with_list_apart(args), call)
-            return (*result[:before_list], [*result[before_list:]]) if self._gives_list else result
+            def with_list(*args: Any) -> Any:
+                result = apply(*self._with_list_apart(of(args)), call, args)
+                return *result[:before_list], [*result[before_list:]]
 
-        return with_lists
+            return with_list
+        if self._has_list:
+            return lambda *args: apply(*self._with_list_apart(of(args)), call, args)
+        return lambda *args: apply(*of(args), call, args)
 
-    def recorded_with_gradient(self, args: Args) -> Call | None:
-        """A call that computes a gradient together with the result, recorded, where that pays."""
+    def prepare_with_gradient(self, args: Args) -> Call | None:
+        """What prepares the gradient together with the result, if it may serve such a call."""
         prepare = self.gradient.with_result if isinstance(self.gradient, Backward) else None
-        first, *rest = [args[at] for at in self._of_at] or [None]
-        if prepare is None or first is None or not served_by_triton(first) or not first.requires_grad:
+        if prepare is None:
+            return None
+        first, *rest = self._of(args)
+        if not served_by_triton(first) or not first.requires_grad:
             return None
         if any(tensor is not None and tensor.requires_grad for tensor in rest):
             return None
-        call, at, apply = pkgutil.resolve_name(prepare)(*args), self._of_at[0], self._apply_with_gradient
-        return None if call is None else lambda *args: apply(args[at], call, args)
+        return pkgutil.resolve_name(prepare)
 
-    def _forward(self, ctx: Any, *values_and_call: Any) -> Any:
-        args, call = values_and_call[:-1], values_and_call[-1]
-        if self.schema.list_at is not None:
-            args = self.schema.with_list(args)
+    def recorded_with_gradient(self, call: Call) -> Call:
+        """A call that computes a gradient together with the result, recorded."""
+        apply, of = self._apply_with_gradient, self._of
+        return lambda *args: apply(*of(args), call, args)
+
+    def _with_list_apart(self, of: Args) -> Args:
+        return *of[:-1], *of[-1]
+
+    def _forward(self, ctx: Any, *values: Any) -> Any:
+        call, args = values[-2:]
         result = call(*args)
         self._save(ctx, args, result)
         return (*result[:-1], *result[-1]) if self._gives_list else result
 
-    # A step on little data takes as long as the host takes, and longest where autograd's own thread runs Python.
-    def _forward_with_gradient(self, ctx: Any, _: Tensor, call: Call, args: Args) -> Tensor:
+    def _forward_with_gradient(self, ctx: Any, *values: Any) -> Any:
+        call, args = values[-2:]
         result, ctx.gradient = call(*args)
-        # Not the gradient: what is saved must not depend on how a call is made. Checkpointing may make it otherwise
-        # when it makes the saved tensors again, and tells them apart by their position.
+        # Not the gradient, which stays as long as the result has its history: what is saved must not depend on how a
+        # call is made. Checkpointing may make it otherwise when it makes the saved tensors again, and tells them apart
+        # by their position.
         self._save(ctx, args, result)
         return result
 
@@ -157,36 +172,36 @@ class Differentiation:
     # ---- and differentiated
 
     def _backward(self, ctx: Any, *grads: Any) -> Args:
-        list_at, names = self.schema.list_at, self.schema.names
-        if list_at is None:
-            return *map(self._gradients(ctx, ctx.needs_input_grad, grads).get, names), None
-        needs = self.schema.with_list(ctx.needs_input_grad[:-1])
-        gradients = [*map(self._gradients(ctx, needs, grads).get, names)]
-        gradients[list_at] = gradients[list_at] or [None] * len(needs[list_at])
-        return *self.schema.with_list_apart(tuple(gradients)), None
+        needs = ctx.needs_input_grad[:-2]
+        gradients = self._gradients(ctx, needs, grads)
+        if self._has_list:
+            *before, listed = gradients
+            gradients = *before, *(listed or [None] * (len(needs) - len(before)))
+        return *gradients, None, None
 
-    def _backward_with_gradient(self, ctx: Any, grad_output: Tensor) -> Args:
+    def _backward_with_gradient(self, ctx: Any, *grads: Any) -> Args:
+        rest = (None,) * (len(self.gradient.of) + 1)
         if torch.is_grad_enabled():  # for a second derivative, where the operator raises
-            needs = tuple(at == self._of_at[0] for at in range(len(self.schema.names)))
-            return self._gradients(ctx, needs, (grad_output,))[self.gradient.of[0]], None, None
+            return self._gradients(ctx, ctx.needs_input_grad[:-2], grads)[0], *rest
         _ = ctx.saved_tensors  # raises if they are freed, or were written to
-        return ctx.gradient * (grad_output.reshape(()) if grad_output.ndim else grad_output), None, None
+        grad_output = grads[0]
+        return ctx.gradient * (grad_output.reshape(()) if grad_output.ndim else grad_output), *rest
 
-    def _gradients(self, ctx: Any, needs: Args, grads: Args) -> dict[str, Any]:
-        """A gradient for each argument that needs one, by its name; a list needs one if a tensor in it does."""
+    def _gradients(self, ctx: Any, needs: Sequence[bool], grads: Args) -> Args:
+        """A gradient for each name in ``of`` that needs one, else ``None``; a list needs one if a tensor in it does."""
         of, saved = self.gradient.of, (*ctx.saved_tensors, *ctx.rest)
+        needed = [*needs[: len(of) - 1], any(needs[len(of) - 1 :])] if self._has_list else [*needs]
         if isinstance(self.gradient, Gradient):
             assert self._by_name is not None
-            names = of if len(of) == 1 else [name for name, at in zip(of, self._of_at, strict=True) if needs[at]]
-            return self.gradient.backward(names, *grads, *self._by_name.together(saved))
-        needed = [needs[at] for at in self._of_at]
-        if self.schema.list_at is not None:
-            needed = [any(need) if isinstance(need, (list, tuple)) else need for need in needed]
+            names = of if len(of) == 1 else [name for name, need in zip(of, needed, strict=True) if need]
+            gradients = self.gradient.backward(names, *grads, *self._by_name.together(saved))
+            return tuple(map(gradients.get, of))
         of_leaves = self._of_leaves or self.schema.of_leaves(len(saved))
         assert self.backward_operator is not None
         gradients = self.backward_operator(grads[0], *self.schema.of_call(of_leaves.together(saved)), needed)
-        each = zip(of, needed, (gradients,) if len(of) == 1 else gradients, strict=True)
-        return {name: gradient for name, need, gradient in each if need}
+        if len(of) == 1:
+            return (gradients,)
+        return tuple(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
 
     def register_with_library(self, library: torch.library.Library) -> None:
         """Register the gradient by public means, where calls take longer."""
@@ -197,7 +212,9 @@ class Differentiation:
 
         def backward(ctx: Any, *grads: Any) -> Any:
             grads = (*grads[:-1], *grads[-1]) if self._gives_list else grads
-            gradients = self._gradients(ctx, schema.grouped(tuple(ctx.needs_input_grad)), grads)
+            needs = self._of(schema.grouped(tuple(ctx.needs_input_grad)))
+            needs = self._with_list_apart(needs) if self._has_list else needs
+            gradients = dict(zip(self.gradient.of, self._gradients(ctx, needs, grads), strict=True))
             return tuple(map(gradients.get, schema.flat_names))
 
         torch.library.register_autograd(f"saccade::{schema.name}", backward, setup_context=save, lib=library)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from saccade.debug import debug_checks_enabled
 from saccade.operator.schema import Args, Pick, Schema, pick
@@ -22,14 +23,16 @@ _MOST_KNOWN = 8
 _MUCH_WASTE = 64
 
 
-@dataclass
+@dataclass(slots=True)
 class KnownCall:
     """The key of a call, and what to call."""
 
     recording: bool
-    types: list[type]  # of every argument
-    values_of: Pick
-    values: Args  # of all that are neither tensors nor vary
+    count: int  # of leaves
+    rest_of: Pick  # all that are no tensors, which the guards look at
+    types: list[type]
+    values_of: Pick  # all of these that do not vary
+    values: Args
     written_of: Pick
     written: list[str] | None  # as text, those values that equal ones that are not the same: 0.0 and -0.0
     tensors_of: Pick
@@ -58,12 +61,13 @@ class KnownCalls:
         if not nothing_watches() or debug_checks_enabled():
             return None
         leaves = self.schema.leaves(args)
-        types, recording = [*map(type, leaves)], torch.is_grad_enabled()
+        recording, count = torch.is_grad_enabled(), len(leaves)
         for known in self.known:
             if (
-                known.types == types
+                known.count == count
                 and known.recording == recording
-                and known.values == known.values_of(leaves)
+                and known.types == [*map(type, rest := known.rest_of(leaves))]
+                and known.values == known.values_of(rest)
                 and known.guards(*known.tensors_of(leaves))
                 and (known.written is None or known.written == [*map(repr, known.written_of(leaves))])
             ):
@@ -84,10 +88,15 @@ class KnownCalls:
             self.wasted += 1
             if self.wasted % _MUCH_WASTE:
                 return
-        values_at = [position for position in of_leaves.rest_at if of_leaves.names[position] not in self.varying]
-        tensors_of = pick([position for position in of_leaves.tensors_at if leaves[position] is not None])
-        values_of = pick(values_at)
-        written_of = pick([position for position in values_at if _may_equal_another(leaves[position])])
+        rest_at = [position for position, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)]
+        varies = [of_leaves.names[position] in self.varying for position in rest_at]
+        tensors_of = pick([position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)])
+        rest_of = pick(rest_at)
+        rest = rest_of(leaves)
+        values_of = pick([number for number, each in enumerate(varies) if not each]) if any(varies) else tuple
+        written_of = pick(
+            [at for at, each in zip(rest_at, varies, strict=True) if not each and _may_equal_another(leaves[at])]
+        )
         tensors = tensors_of(leaves)
         sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
         check = guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
@@ -95,9 +104,11 @@ class KnownCalls:
             self._keep(
                 KnownCall(
                     torch.is_grad_enabled(),
-                    [*map(type, leaves)],
+                    len(leaves),
+                    rest_of,
+                    [*map(type, rest)],
                     values_of,
-                    values_of(leaves),
+                    values_of(rest),
                     written_of,
                     [*map(repr, written_of(leaves))] or None,
                     tensors_of,

@@ -37,9 +37,12 @@ class Leaves(NamedTuple):
 
 def pick(positions: Sequence[int]) -> Pick:
     """What picks the values at these positions."""
-    if len(positions) > 1:
-        return itemgetter(*positions)
-    return lambda values: tuple(values[position] for position in positions)
+    if not positions:
+        return lambda values: ()
+    if len(positions) == 1:
+        position = positions[0]
+        return lambda values: (values[position],)
+    return itemgetter(*positions)
 
 
 class Schema:
@@ -116,7 +119,10 @@ class Schema:
 
     def of_call(self, leaves: Args) -> Args:
         """The reverse of `leaves`."""
-        return self.grouped(leaves) if self.list_at is None else self.with_list(leaves)
+        if self.list_at is None:
+            return self.grouped(leaves)
+        after = len(leaves) - (len(self.names) - 1 - self.list_at)
+        return (*leaves[: self.list_at], [*leaves[self.list_at : after]], *leaves[after:])
 
     def named(self, args: Args) -> dict[str, Any]:
         """The arguments by name."""
@@ -132,17 +138,6 @@ class Schema:
             order = sorted(range(count), key=(at + rest).__getitem__)
             self._leaves[count] = Leaves([n for _, n in each], at, rest, pick(at), pick(rest), pick(order))
         return self._leaves[count]
-
-    def with_list_apart(self, args: Args) -> Args:
-        """The tensors of the list as arguments of their own: autograd does not look into lists."""
-        return args if self.list_at is None else _taken_apart(args, (self.list_at,))
-
-    def with_list(self, values: Args) -> Args:
-        """The reverse of `with_list_apart`."""
-        if self.list_at is None:
-            return values
-        after = len(values) - (len(self.names) - 1 - self.list_at)
-        return (*values[: self.list_at], [*values[self.list_at : after]], *values[after:])
 
 
 def _taken_apart(args: Args, positions: Iterable[int]) -> Args:

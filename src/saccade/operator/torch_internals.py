@@ -384,7 +384,7 @@ current_stream: Callable[[int], int] = _found(GPU_QUERIES.needs[2]) or _current_
 # ---- launches of Triton
 
 Launch = Callable[[tuple[int, int, int], int, Sequence[Any]], None]
-"""Launches a compiled kernel: number of programs, GPU, and values of the arguments that are not compiled in."""
+"""Launches a compiled kernel: number of programs, stream, and values of the arguments that are not compiled in."""
 
 unknown_launchers: set[str] = set()
 """Where kernels could not be launched past Triton's Python: its launchers have another form than those known here."""
@@ -451,11 +451,11 @@ def direct_launch(kernel: Any, function: Any, values: Sequence[Any], given: int,
         return None
     launch, before = run.launch, apart if is_apart else together
 
-    def with_arguments_apart(grid: tuple[int, int, int], device: int, values: Sequence[Any]) -> None:
-        launch(*grid, current_stream(device), *before, *values, *compiled_in)
+    def with_arguments_apart(grid: tuple[int, int, int], stream: int, values: Sequence[Any]) -> None:
+        launch(*grid, stream, *before, *values, *compiled_in)
 
-    def with_arguments_together(grid: tuple[int, int, int], device: int, values: Sequence[Any]) -> None:
-        launch(*grid, current_stream(device), *before, (*values, *compiled_in))
+    def with_arguments_together(grid: tuple[int, int, int], stream: int, values: Sequence[Any]) -> None:
+        launch(*grid, stream, *before, (*values, *compiled_in))
 
     return with_arguments_apart if is_apart else with_arguments_together
 

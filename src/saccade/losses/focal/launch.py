@@ -36,7 +36,7 @@ _TILES_WRITTEN = {2: (2048, 2), 4: (1024, 4), 8: (1024, 4)}
 _FEW, _SMALL_TILE, _WARPS = 1 << 19, 512, 4
 
 # Of so few logits the gradient is computed with the loss.
-_FEW_LOGITS = 1 << 19
+_FEW_TOGETHER = 1 << 19
 
 # Classes that a program reads one after the other, where each is a tile; and from how many rows on it is one.
 _CLASSES_AT_ONCE, _ROWS_BY_CLASS = 16, 128
@@ -208,7 +208,7 @@ def prepare_sigmoid_focal_loss_with_gradient(
 ) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """Make the loss of few logits and the gradient of these, in one launch."""
     is_half = logits.dtype.itemsize < 4  # of which the gradient would underflow, before what comes in multiplies it
-    if reduction.is_none or is_half or not 0 < logits.numel() < _FEW_LOGITS:
+    if reduction.is_none or is_half or not 0 < logits.numel() < _FEW_TOGETHER:
         return None
     return _prepare_reduced(logits, target, weight, class_weight, options, with_gradient=True)
 

@@ -163,6 +163,8 @@ def _with_positives_counted(
     return pred, target, weight, options, reference.with_positives_counted(reduction, result[1])
 
 
+_LAUNCH = "saccade.losses.gaussian.launch:prepare_gaussian_focal_loss"
+
 GAUSSIAN_FOCAL_LOSS = Operator(
     "gaussian_focal_loss(Tensor pred, Tensor target, Tensor? weight, GaussianOptions options, Reduction reduction) "
     "-> (Tensor, Tensor)",
@@ -170,13 +172,14 @@ GAUSSIAN_FOCAL_LOSS = Operator(
     check=_check,
     fake=_fake,
     reference=reference.gaussian_focal_loss,
-    kernels="saccade.losses.gaussian.launch:prepare_gaussian_focal_loss",
+    kernels=_LAUNCH,
     nonempty=("pred",),
     varying=("scale",),
     gradient=Backward(
         of=("pred", "weight"),
         reference=reference.gaussian_focal_loss_backward,
-        kernels="saccade.losses.gaussian.launch:prepare_gaussian_focal_loss_backward",
+        kernels=f"{_LAUNCH}_backward",
+        with_result=f"{_LAUNCH}_with_gradient",
         arguments=_with_positives_counted,
     ),
 )

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from saccade.losses.focal_term_kernels import focal_term, focal_term_slope, log1p, power_of
-from saccade.losses.reduction_kernels import factor_of_gradients, offset_along_axes
+from saccade.losses.reduction_kernels import factor_of_gradients, finish_if_last, offset_along_axes
 from saccade.operator.launch import LaunchedKernel, wait_for_previous_kernel
 
 # Added to probabilities before taking logarithms, as in the loss's original form. Logits need no such thing.
@@ -99,16 +99,21 @@ def _elements_of_tile(
 @LaunchedKernel
 @triton.jit(do_not_specialize=["tiles"])
 def loss_kernel(
-    pred, target, weight, output, counts,
+    pred, target, weight, output, counts, grad_pred, avg_factor, counter, total,
     alpha: tl.float64, gamma: tl.float64, pos_weight: tl.float64, neg_weight: tl.float64, bound: tl.float64,
-    scale: tl.float64,
+    scale: tl.float64, eps: tl.float64,
     elements, tiles, sizes, pred_steps, target_steps, weight_steps, output_steps,
     ALPHA: tl.constexpr, GAMMA: tl.constexpr, WITH_LOGITS: tl.constexpr, CLIPPED: tl.constexpr, REDUCED: tl.constexpr,
     BLOCK: tl.constexpr, COMPUTE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Losses of all elements; if REDUCED, a sum for each program, and a count of positives if there are `counts`."""
+    """Losses of all elements; if REDUCED, a sum for each program, and a count of positives if there are `counts`.
+
+    Where they have a place, gradients and total, too.
+    """
     wait_for_previous_kernel(PDL)
     alpha, bound = tl.full([], alpha, COMPUTE), tl.full([], bound, COMPUTE)
+    if grad_pred is not None:
+        common = factor_of_gradients(None, avg_factor, scale, eps, REDUCED, COMPUTE)
     # Where there is no element, a negative whose loss is exactly 0: if it is not clipped.
     absent = float("-inf") if WITH_LOGITS else 0.0
     sums = tl.zeros([BLOCK], COMPUTE)
@@ -122,6 +127,10 @@ def loss_kernel(
         if REDUCED:
             sums += loss if WITH_LOGITS and not CLIPPED else tl.where(exists, loss, 0.0)
             count += positive.to(tl.int32)
+            if grad_pred is not None:
+                slope = _element_slope(x, positive, bound, alpha, ALPHA, WITH_LOGITS, CLIPPED) * (factor * common)
+                at = _address(grad_pred, first, within, sizes, output_steps)
+                tl.store(at, slope.to(grad_pred.dtype.element_ty), mask=exists)
         else:
             loss *= tl.full([], scale, COMPUTE)
             at = _address(output, first, within, sizes, output_steps)
@@ -130,6 +139,8 @@ def loss_kernel(
         tl.store(output + tl.program_id(0), tl.sum(sums, 0))
         if counts is not None:
             tl.store(counts + tl.program_id(0), tl.sum(count.to(tl.int64), 0))
+        if total is not None:
+            finish_if_last(output, counter, avg_factor, total, scale, eps)
 
 
 @LaunchedKernel

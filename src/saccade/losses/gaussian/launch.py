@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,14 +11,17 @@ from saccade.losses.focal_term_kernels import constant_power
 from saccade.losses.gaussian.kernels import gradient_kernel, loss_kernel
 from saccade.losses.gaussian.options import GaussianOptions
 from saccade.losses.memory_axes import memory_axes
-from saccade.losses.reduction import UNREDUCED, Reduction, new_loss, normalized
-from saccade.losses.reduction_launch import as_numbers, prepared_finish, programs_of
+from saccade.losses.reduction import UNREDUCED, Reduction, normalized
+from saccade.losses.reduction_launch import as_numbers, prepared_finish, programs_of, workspace
 from saccade.operator.gradients import room_for_gradients
 from saccade.operator.launch import TRITON_DTYPE, LaunchedKernel, PreparedLaunch, cdiv, dependent_launch
 from saccade.precision import compute_dtype
 
 # Elements of a tile and warps that work on it: few where there are few, so that all multiprocessors have some.
 _TILE, _WARPS, _SMALL_TILE, _FEW = 1024, 4, 512, 1 << 19
+
+# Of so few predictions the gradient is computed with the loss.
+_FEW_TOGETHER = 1 << 20
 
 
 def _launch_for(
@@ -73,10 +77,46 @@ def _prepare_losses(
         pred: Tensor, target: Tensor, weight: Tensor | None, options: GaussianOptions, reduction: Reduction
     ) -> tuple[Tensor, Tensor]:
         output = torch.empty_like(pred, dtype=dtype)
-        launch((pred, target, as_numbers(weight), output, None), *numbers, reduction.scale)
+        tensors = pred, target, as_numbers(weight), output, None, None, None, None, None
+        launch(tensors, *numbers, reduction.scale, 0.0)
         return output, pred.new_empty(0, dtype=compute)
 
     return losses
+
+
+def _prepare_reduced(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: GaussianOptions,
+    reduction: Reduction,
+    with_gradient: bool,
+) -> Callable[..., Any]:
+    """Make the reduced loss and the count, or a pair of these and the gradient, for calls with these arguments."""
+    dtype, elements, counts_positives = compute_dtype(pred), pred.numel(), reduction.mode == "num_pos"
+    others = [target, weight, _written(pred) if with_gradient else None]
+    launch, programs = _launch_for(loss_kernel, pred, others, options, is_reduced=True)
+    finish, numbers = prepared_finish(programs, pred.device), _numbers(options)
+
+    def loss(
+        pred: Tensor, target: Tensor, weight: Tensor | None, options: GaussianOptions, reduction: Reduction
+    ) -> tuple[Any, Tensor]:
+        avg_factor, scale, eps = reduction.avg_factor, reduction.factor(elements), reduction.eps
+        output = pred.new_empty(() if avg_factor is None else avg_factor.shape, dtype=dtype)
+        count = pred.new_empty(() if counts_positives else 0, dtype=dtype)
+        inputs = pred, target, as_numbers(weight)
+        if with_gradient:
+            gradient = torch.empty_like(pred)
+            sums, counter = workspace(programs, pred, dtype)
+            launch((*inputs, sums, None, gradient, avg_factor, counter, output), *numbers, scale, eps)
+            return (output, count), gradient
+        sums = pred.new_empty(programs, dtype=dtype)
+        counts = pred.new_empty(programs, dtype=torch.int64) if counts_positives else None
+        launch((*inputs, sums, counts, None, None, None, None), *numbers, scale, eps)
+        finish((sums, counts, avg_factor, output, count), scale, eps)
+        return output, count
+
+    return loss
 
 
 def prepare_gaussian_focal_loss(
@@ -87,25 +127,23 @@ def prepare_gaussian_focal_loss(
     reduction: Reduction,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Make what the reference computes."""
-    dtype = compute_dtype(pred)
     if reduction.is_none:
         return _prepare_losses(pred, target, weight, options, pred.dtype)
-    launch, programs = _launch_for(loss_kernel, pred, [target, weight, None], options, is_reduced=True)
-    finish = prepared_finish(programs, pred.device)
-    numbers, elements, counts_positives = _numbers(options), pred.numel(), reduction.mode == "num_pos"
+    return _prepare_reduced(pred, target, weight, options, reduction, with_gradient=False)
 
-    def loss(
-        pred: Tensor, target: Tensor, weight: Tensor | None, options: GaussianOptions, reduction: Reduction
-    ) -> tuple[Tensor, Tensor]:
-        output = new_loss(pred, pred.shape, reduction)
-        count = pred.new_empty(() if counts_positives else 0, dtype=dtype)
-        sums = pred.new_empty(programs, dtype=dtype)
-        counts = pred.new_empty(programs, dtype=torch.int64) if counts_positives else None
-        launch((pred, target, as_numbers(weight), sums, counts), *numbers, reduction.scale)
-        finish((sums, counts, reduction.avg_factor, output, count), reduction.factor(elements), reduction.eps)
-        return output, count
 
-    return loss
+def prepare_gaussian_focal_loss_with_gradient(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: GaussianOptions,
+    reduction: Reduction,
+) -> Callable[..., tuple[tuple[Tensor, Tensor], Tensor]] | None:
+    """Make the loss of few predictions and the gradient of these, in one launch; not where positives are counted."""
+    is_half = pred.dtype.itemsize < 4  # of which the gradient would underflow, before what comes in multiplies it
+    if reduction.mode in ("none", "num_pos") or is_half or not 0 < pred.numel() <= _FEW_TOGETHER:
+        return None
+    return _prepare_reduced(pred, target, weight, options, reduction, with_gradient=True)
 
 
 def prepare_gaussian_focal_loss_backward(
