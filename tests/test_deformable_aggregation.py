@@ -15,6 +15,7 @@ import saccade
 from cases import TOLERANCES
 from cases.comparison import assert_near
 from cases.deformable_aggregation import make, oracle
+from saccade.deformable_aggregation.formatting import FEATURE_MAPS_FORMAT
 from saccade.triton_dispatch import served_by_triton
 
 
@@ -558,6 +559,7 @@ def test_format_of_maps_in_other_memory_orders(order, device):
     assert torch.equal(saccade.feature_maps_format(strided)[0], row_by_row([maps]))
 
 
+@pytest.mark.interpreted
 def test_contiguous_maps_are_served_by_the_kernel(device, monkeypatch):
     """On a GPU and under the interpreter; channels-last ones are copied as they are."""
     if not served_by_triton(torch.empty(0, device=device)):
@@ -565,7 +567,9 @@ def test_contiguous_maps_are_served_by_the_kernel(device, monkeypatch):
     from saccade.deformable_aggregation import launch
 
     calls = []
-    monkeypatch.setattr(launch, "_format_rows", lambda maps, rows: calls.append(rows.shape))
+    of_launch = launch._format_rows
+    monkeypatch.setattr(launch, "_format_rows", lambda *args: (calls.append(args[-1].shape), of_launch(*args))[1])
+    FEATURE_MAPS_FORMAT.forget()
     groups = maps_of(FORMATS["groups"], device, torch.float32)
     saccade.feature_maps_format(groups)
     assert calls == [(2, 2, 41, 6), (2, 1, 17, 6), (2, 3, 3, 6)]
