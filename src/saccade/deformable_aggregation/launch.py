@@ -260,7 +260,8 @@ def prepare_aggregation_backward(
             ),
             count_kernel.of_parts(
                 blocks, *of_maps, location_here, begins, slots, *sizes,
-                BLOCK_L=block_l, BLOCK=32, **of_points, num_warps=2,
+                BLOCK_L=block_l, BLOCK=32, **of_points,
+                num_warps=2 if index == torch.int32 else 4,  # with 64 bits in 2 warps, Triton 3.9 spills
             ),
             scan_kernel.of_parts(
                 (cdiv(rows + 1, scanned),), begins, sums, rows + 1, BLOCK=scanned, BESIDE=256,
